@@ -1,0 +1,1 @@
+"""fourbit's converter: a checkpoint folder in, a GGUF file out."""
