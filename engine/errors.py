@@ -1,22 +1,22 @@
 """Every error that fourbit raises on purpose, as one small tree.
 
-    FourbitError                 exit code 1, one sentence: what, the number seen, the limit, what to do
-    ├── RegistryError            models.toml is wrong, or there is no such model
-    ├── NotFound                 a checkpoint, model or file is not where it was looked for
-    ├── CheckpointError          a checkpoint cannot be converted: shards, tensors, tokenizer
-    │   ├── UnknownArchitecture  no family converts it
-    │   └── UnsafeCheckpoint     it holds something other than data
-    ├── GGUFError                not a GGUF file, a damaged one, or one of another family
-    ├── OutputError              the output cannot be written
-    ├── DoesNotFit               more memory or disk is needed than there is
-    ├── MessageError             messages that no prompt can be built from
-    ├── ContextError             the prompt, or prompt and reply, exceed the context
-    └── NativeError              llama.cpp is missing, of another version, or failed
+FourbitError                 exit code 1, one sentence: what, the number seen, the limit, what to do
+├── RegistryError            models.toml is wrong, or there is no such model
+├── NotFound                 a checkpoint, model or file is not where it was looked for
+├── CheckpointError          a checkpoint cannot be converted: shards, tensors, tokenizer
+│   ├── UnknownArchitecture  no family converts it
+│   └── UnsafeCheckpoint     it holds something other than data
+├── GGUFError                not a GGUF file, a damaged one, or one of another family
+├── OutputError              the output cannot be written
+├── DoesNotFit               more memory or disk is needed than there is
+├── MessageError             messages that no prompt can be built from
+├── ContextError             the prompt, or prompt and reply, exceed the context
+└── NativeError              llama.cpp is missing, of another version, or failed
 
-    try:
-        engine = Engine.open("qwen-7b-chat")
-    except FourbitError as error:
-        print(error)
+try:
+    engine = Engine.open("qwen-7b-chat")
+except FourbitError as error:
+    print(error)
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where checkpoints and models lie on this machine.
 
-    $FOURBIT_HOME/                       default: the user's cache directory
-        checkpoints/qwen-7b-chat/        config.json, shards, tokenizer
-        models/qwen-7b-chat-Q4_K_M.gguf  what `fourbit quantize` writes
+$FOURBIT_HOME/                       default: the user's cache directory
+    checkpoints/qwen-7b-chat/        config.json, shards, tokenizer
+    models/qwen-7b-chat-Q4_K_M.gguf  what `fourbit quantize` writes
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ def checkpoint_folder(spec: Model) -> Path:
 def model_file(spec: Model, qtype: str) -> Path:
     """Where the GGUF of a model and type is written and looked for."""
     return home() / "models" / f"{spec.key}-{qtype}.gguf"
+
+
+def quantized_files(spec: Model) -> list[Path]:
+    """The GGUF files of a model that are there, of whatever type."""
+    return sorted((home() / "models").glob(f"{spec.key}-*.gguf"))
 
 
 def find_model_file(path_or_model: str | Path, qtype: str | None = None) -> Path:

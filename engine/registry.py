@@ -46,14 +46,14 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next id is drawn; temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+    """How the next id is drawn; temperature 0 is greedy, top_k 0 and top_p 1 are off, repeat_last_n -1 is all."""
 
     temperature: float
     top_p: float
     top_k: int = 0
     min_p: float = 0.0
     repeat_penalty: float = 1.0
-    repeat_last_n: int = 64
+    repeat_last_n: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +123,7 @@ def load(path: Path) -> Mapping[str, Model]:
         raise RegistryError(f"{path}: {error}") from error
     _only(data, {"models"}, str(path))
     return types.MappingProxyType(
-        {
-            key: _build(Model, {"key": key, **fields}, f"models.{key}")
-            for key, fields in data.get("models", {}).items()
-        }
+        {key: _build(Model, {"key": key, **fields}, f"models.{key}") for key, fields in data.get("models", {}).items()}
     )
 
 
