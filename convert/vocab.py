@@ -5,6 +5,7 @@ Reading the three tokenizer formats is in vocab_files.py; made vocabularies for 
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,11 +49,17 @@ class Tokens:
         self.types.append(kind)
 
     def pad(self, n_vocab: int) -> None:
-        """Fill up to the rows of the embedding; CheckpointError where there are more tokens than rows."""
+        """Fill up to the rows of the embedding.
+
+        CheckpointError where there are more tokens than rows, or two that are spelled alike: llama.cpp aborts on them.
+        """
         if len(self.tokens) > n_vocab:
             raise CheckpointError(f"the tokenizer has {len(self.tokens)} tokens, the embedding {n_vocab} rows")
         for n in range(len(self.tokens), n_vocab):
             self.add(f"[PAD{n}]", UNUSED)
+        if len(set(self.tokens)) != n_vocab:
+            twice = next(token for token, count in collections.Counter(self.tokens).items() if count > 1)
+            raise CheckpointError(f"the token {twice!r} occurs twice in the tokenizer: fetch it again")
 
 
 def special_ids(family: str, by_name: Mapping[str, int]) -> dict[str, int]:
