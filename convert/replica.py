@@ -22,7 +22,7 @@ from convert.plan import own_entries, place
 from convert.quantize import Written, refuse_existing
 from convert.vocab import made_vocabulary, vocabulary_entries
 from engine.home import home
-from engine.registry import Model
+from engine.registry import Model, Shape
 
 TILE_ROWS = 64  # enough that rows differ, few enough to quantize in milliseconds
 WRITE_BYTES = 16 << 20
@@ -32,6 +32,17 @@ SEED = 20231025
 def replica_file(model: Model, ftype: str) -> Path:
     """Where a replica is written unless asked otherwise: never where a real model is looked for."""
     return home() / "replicas" / f"{model.key}-{ftype}-replica.gguf"
+
+
+def replica_shape(model: Model, n_layer: int | None = None) -> Shape:
+    """The model's shape, with fewer layers if asked."""
+    return dataclasses.replace(model.shape, n_layer=n_layer or model.shape.n_layer)
+
+
+def replica_slots(model: Model, ftype: str, n_layer: int | None = None) -> tuple[Slot, ...]:
+    """The tensors of a replica, types and sizes, before anything is written."""
+    wanted = targets(FAMILIES[model.family], replica_shape(model, n_layer))
+    return place([(target.name, target.shape) for target in wanted], ftype)
 
 
 def write_replica(
@@ -45,10 +56,8 @@ def write_replica(
 ) -> Written:
     """Write a replica of a model, with fewer layers if asked; raises as quantize() does."""
     start = time.perf_counter()
-    shape = dataclasses.replace(model.shape, n_layer=n_layer or model.shape.n_layer)
-    family = FAMILIES[model.family]
-    slots = place([(target.name, target.shape) for target in targets(family, shape)], ftype)
-    entries = [*model_entries(model, family, shape), *vocabulary_entries(made_vocabulary(model))]
+    shape, slots = replica_shape(model, n_layer), replica_slots(model, ftype, n_layer)
+    entries = [*model_entries(model, FAMILIES[model.family], shape), *vocabulary_entries(made_vocabulary(model))]
     entries += own_entries(model, ftype, (), replica=True)
     path = replica_file(model, ftype) if out is None else out
     refuse_existing(path, overwrite)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from engine.errors import DoesNotFit, GGUFError
 from engine.gguf_header import Header
 from engine.host import Memory
+from engine.registry import Shape
 
 BASE_BYTES = 120_000_000  # Python, numpy and the libraries, measured
 KV_BLOCKS = {"F16": (1, 2), "Q8_0": (32, 34)}  # values and bytes of a block
@@ -67,14 +68,14 @@ def sizes_of(header: Header) -> Sizes:
     )
 
 
-def kv_bytes(sizes: Sizes, n_ctx: int, kv_qtype: str) -> int:
+def kv_bytes(sizes: Sizes | Shape, n_ctx: int, kv_qtype: str) -> int:
     """Bytes of keys and values of all layers for n_ctx tokens, padded as llama.cpp pads them."""
     block, block_bytes = KV_BLOCKS[kv_qtype]
     n_padded = -(-n_ctx // KV_PADDING) * KV_PADDING
     return 2 * sizes.n_layer * n_padded * sizes.n_head_kv * sizes.head_dim // block * block_bytes
 
 
-def compute_bytes(sizes: Sizes, n_ctx: int, n_batch: int) -> int:
+def compute_bytes(sizes: Sizes | Shape, n_ctx: int, n_batch: int) -> int:
     """Bytes of llama.cpp's compute buffers, from above: activations, attention mask, logits of a batch."""
     activations = 4 * sizes.n_embd + 2 * sizes.n_ff
     return 4 * n_batch * (activations + n_ctx + sizes.n_vocab)
@@ -82,8 +83,14 @@ def compute_bytes(sizes: Sizes, n_ctx: int, n_batch: int) -> int:
 
 def fit(header: Header, n_ctx: int, memory: Memory, *, kv_qtype: str = "F16", n_batch: int = 128) -> Fit:
     """What running this file at n_ctx takes of this memory."""
-    sizes = sizes_of(header)
     weight_bytes = header.file_bytes - header.data_offset
+    return estimate(sizes_of(header), weight_bytes, n_ctx, memory, kv_qtype=kv_qtype, n_batch=n_batch)
+
+
+def estimate(
+    sizes: Sizes | Shape, weight_bytes: int, n_ctx: int, memory: Memory, *, kv_qtype: str = "F16", n_batch: int = 128
+) -> Fit:
+    """The same from sizes alone, for a file that does not exist yet."""
     spare = memory.available_bytes - weight_bytes - BASE_BYTES - compute_bytes(sizes, 0, n_batch)
     per_step = kv_bytes(sizes, KV_PADDING, kv_qtype) + 4 * n_batch * KV_PADDING
     largest = min(sizes.n_ctx_train, max(0, spare // per_step) * KV_PADDING)

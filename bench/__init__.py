@@ -1,0 +1,1 @@
+"""fourbit's benchmark: models in, numbers and a report out."""
