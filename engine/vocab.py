@@ -51,7 +51,8 @@ class Vocabulary:
             return self._controls[name]
         except KeyError:
             raise GGUFError(
-                f"the vocabulary has no control token {name!r}: it is not one of {self._spec.title}"
+                f"the vocabulary has no control token {name!r}: convert the checkpoint of {self._spec.title} "
+                "with fourbit quantize"
             ) from None
 
     def is_control(self, id: int) -> bool:

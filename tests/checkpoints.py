@@ -7,10 +7,11 @@ from the converter's tables: each holds the other to account.
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -266,14 +267,19 @@ def write_zip(path: Path, entries: Mapping[str, bytes], stem: str = "archive") -
 
 
 def torch_pickle(weights: Weights, dtype: str) -> bytes:
-    """The pickle of an OrderedDict of tensors, opcode by opcode as torch writes it."""
+    """The pickle of an OrderedDict of tensors."""
+    return torch_pickle_of([(name, values.shape) for name, values in weights.items()], dtype)
+
+
+def torch_pickle_of(tensors: Iterable[tuple[str, tuple[int, ...]]], dtype: str) -> bytes:
+    """The same from names and shapes alone, opcode by opcode as torch writes it; storages are numbered."""
     storage = {"BF16": b"BFloat16Storage", "F16": b"HalfStorage", "F32": b"FloatStorage"}[dtype]
     out = b"\x80\x02ccollections\nOrderedDict\n)R("
-    for key, (name, values) in enumerate(weights.items()):
+    for key, (name, shape) in enumerate(tensors):
         out += _text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(("
         out += _text("storage") + b"ctorch\n" + storage + b"\n" + _text(str(key)) + _text("cpu")
-        out += _number(values.size) + b"tQ" + _number(0)
-        out += _tuple(values.shape) + _tuple(tuple(n // values.itemsize for n in values.strides))
+        out += _number(math.prod(shape)) + b"tQ" + _number(0)
+        out += _tuple(shape) + _tuple(tuple(math.prod(shape[i + 1 :]) for i in range(len(shape))))
         out += b"\x89ccollections\nOrderedDict\n)RtR"
     return out + b"u}" + _text("_metadata") + b"ccollections\nOrderedDict\n)Rsb."
 
