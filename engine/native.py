@@ -15,6 +15,7 @@ import collections
 import ctypes
 import importlib.metadata
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,9 +170,21 @@ class Model(_Handle):
         if not pointer:
             raise _failure(f"{path} cannot be loaded")
         super().__init__(pointer, _lib.llama_model_free)
-        self.vocab = _lib.llama_model_get_vocab(pointer)
-        self.n_vocab = int(_lib.llama_vocab_n_tokens(self.vocab))
+        self._vocab = _lib.llama_model_get_vocab(pointer)
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        self.n_vocab = int(_lib.llama_vocab_n_tokens(self._vocab))
         self.n_ctx_train = int(_lib.llama_model_n_ctx_train(pointer))
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary; NativeError once the model is closed."""
+        return self._vocab if self.pointer else None
+
+    def close(self) -> None:
+        """Free the model, its contexts first: they point into it."""
+        for context in list(getattr(self, "_contexts", ())):
+            context.close()
+        super().close()
 
 
 class Context(_Handle):
@@ -198,6 +211,7 @@ class Context(_Handle):
         if not pointer:
             raise _failure(f"no context of {n_ctx} tokens can be made")
         super().__init__(pointer, _lib.llama_free)
+        model._contexts.add(self)
         self.model, self.n_ctx, self.n_batch = model, n_ctx, n_batch
         self._batch = _Batch(n_batch)
         self._n_outputs = 0
