@@ -9,6 +9,7 @@ Sources: Lib/pickletools.py; torch/_utils.py: _rebuild_tensor_v2; torch/serializ
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,10 @@ def read_pickle_index(data: bytes) -> dict[str, View]:
     """Tensor names and views; UnsafeCheckpoint for any opcode, global or call beyond a table of tensors."""
     machine = _Machine()
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pickletools warns of odd escapes in opcodes that are refused anyway
+            for opcode, argument, _ in pickletools.genops(data):
+                machine.step(opcode.name, argument)
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
         raise UnsafeCheckpoint(f"its pickle is not one of tensors: {error}; nothing in it was run") from error
     if not isinstance(machine.result, dict):
