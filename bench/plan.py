@@ -13,7 +13,7 @@ from typing import Any
 from bench.cases import Case
 from bench.probe import COLD_SHARE, Peak, evict, resident_share, warm
 from bench.row import ALLOWANCE_BYTES, Comparison, Row, read_bytes_per_token
-from bench.subject import UNQUANTIZED, Pair, Progress, Subject, check_memory, is_replica, on_disk
+from bench.subject import UNQUANTIZED, Pair, Progress, Subject, check_disk, check_memory, is_replica, on_disk
 from bench.worker import Outcome, run_case
 from engine.errors import FourbitError
 from engine.fit import kv_bytes, sizes_of
@@ -84,6 +84,7 @@ def measure(subject: Subject, plan: Plan, say: Progress) -> Row:
     blank = Row(subject.model, subject.key, subject.qtype, replica=subject.path is None, n_layer=subject.n_layer)
     try:
         check_memory(subject, plan.n_ctx)
+        check_disk(subject, plan.work)
         with on_disk(subject, plan.work, say) as path:
             return _row(blank, path, plan, say)
     except FourbitError as error:

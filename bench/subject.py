@@ -14,12 +14,13 @@ from pathlib import Path
 import psutil
 from gguf.constants import LlamaFileType
 
+from convert.gguf_file import SPARE_DISK_BYTES
 from convert.replica import replica_shape, replica_slots, write_replica
 from engine import fit
 from engine.errors import DoesNotFit
 from engine.gguf_header import Header, read_header
 from engine.home import home, model_file
-from engine.host import memory
+from engine.host import disk_free_bytes, memory
 from engine.registry import Model, models
 
 UNQUANTIZED = ("F16", "BF16", "F32")
@@ -138,4 +139,18 @@ def check_memory(subject: Subject, n_ctx: int) -> None:
     if found.needed_bytes > found.available_bytes:
         raise DoesNotFit(
             f"needs {found.needed_bytes / 1e9:.1f} GB of memory, {found.available_bytes / 1e9:.1f} GB are free"
+        )
+
+
+def check_disk(subject: Subject, work: Path | None) -> None:
+    """DoesNotFit where the subject's replica has no room where it is to be made."""
+    if subject.path is not None:
+        return
+    assert subject.spec is not None
+    needed = sum(slot.n_bytes for slot in replica_slots(subject.spec, subject.qtype, subject.n_layer))
+    free = disk_free_bytes(work or home())
+    if free < needed + SPARE_DISK_BYTES:
+        raise DoesNotFit(
+            f"its replica needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free: "
+            "make room, or choose another place with --work"
         )

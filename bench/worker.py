@@ -65,7 +65,7 @@ def _outcome(code: int, out: str, err: str, peak: Peak, limit_s: float | None) -
         return Outcome(None, f"stopped after {limit_s:.0f} s", peak)
     with contextlib.suppress(ValueError, IndexError, AttributeError):
         answer = json.loads(out.splitlines()[-1])
-        if code == 0:
+        if code == 0 and (answer.get("figures") or answer.get("error")):
             return _answered(answer, peak)
     return Outcome(None, _ending(code, err), peak)
 
