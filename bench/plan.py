@@ -79,6 +79,18 @@ def compare(pairs: Sequence[Pair], plan: Plan, say: Progress) -> list[Comparison
     ]
 
 
+def with_bandwidth(comparison: Comparison, read_bytes_per_s: float) -> Comparison:
+    """The same rows, their shares of this bandwidth instead."""
+
+    def updated(row: Row | None) -> Row | None:
+        if row is None or not row.read_bytes_per_token:
+            return row
+        share = _share(row.read_bytes_per_token, row.decode_median_ms, read_bytes_per_s)
+        return replace(row, bandwidth_share=share)
+
+    return replace(comparison, quantized=updated(comparison.quantized), fp16=updated(comparison.fp16))
+
+
 def measure(subject: Subject, plan: Plan, say: Progress) -> Row:
     """The row of one subject; its replica, if one is made, is gone afterwards."""
     blank = Row(subject.model, subject.key, subject.qtype, replica=subject.path is None, n_layer=subject.n_layer)

@@ -220,3 +220,11 @@ def test_files_of_one_name_stand_side_by_side(tiny_file, tmp_path):
     write_replica(TINY, "F16", fp16)
     (pair,) = pairs_of_files([fp16, tiny_file])
     assert (pair.quantized.path, pair.fp16.path) == (tiny_file, fp16)
+
+
+def test_share_follows_the_best_bandwidth_seen(tiny_file):
+    (pair,) = pairs_of_files([tiny_file])
+    (found,) = plans.compare([pair], replace(PLAN, read_bytes_per_s=1e9), silent)
+    doubled = plans.with_bandwidth(found, 2e9)
+    assert doubled.quantized.bandwidth_share == pytest.approx(found.quantized.bandwidth_share / 2)
+    assert doubled.fp16 is None
