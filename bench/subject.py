@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 from gguf.constants import LlamaFileType
 
-from convert.gguf_file import SPARE_DISK_BYTES
+from convert.output_file import SPARE_DISK_BYTES
 from convert.replica import replica_shape, replica_slots, write_replica
 from engine import fit
 from engine.errors import DoesNotFit

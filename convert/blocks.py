@@ -33,6 +33,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "ggml_bf16_to_fp32_row": (None, [ctypes.c_void_p, ctypes.c_void_p, _I64]),
     "ggml_fp32_to_fp16_row": (None, [ctypes.c_void_p, ctypes.c_void_p, _I64]),
     "ggml_fp32_to_bf16_row": (None, [ctypes.c_void_p, ctypes.c_void_p, _I64]),
+    **{
+        f"dequantize_row_{name}": (None, [ctypes.c_void_p, ctypes.c_void_p, _I64])
+        for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_K", "q5_K", "q6_K")
+    },
 }
 
 
@@ -87,6 +91,22 @@ def quantize_rows(qtype: str, rows: np.ndarray, out: np.ndarray) -> None:
         lib.ggml_quantize_chunk(number, _address(rows), _address(out), 0, n_rows, n_per_row, None)
     if not lib.ggml_validate_row_data(number, _address(out), out.nbytes):
         raise CheckpointError(f"the values are too large for {qtype}: a block has no finite scale; choose BF16")
+
+
+def dequantize_rows(qtype: str, raw: np.ndarray, rows: np.ndarray) -> None:
+    """Bytes of whole rows (uint8) back to float32, into rows (n_rows, n_per_row)."""
+    if raw.nbytes != rows.shape[0] * row_bytes(qtype, rows.shape[1]):
+        raise ValueError(f"{raw.nbytes} bytes of {qtype} are not {rows.shape}")
+    if qtype in SOURCE_BYTES:
+        widen(qtype, raw, rows)
+    else:
+        name = "dequantize_row_" + qtype.lower().replace("_k", "_K")
+        getattr(library(), name)(_address(raw), _address(rows), rows.size)
+
+
+def blocks_are_valid(qtype: str, raw: np.ndarray) -> bool:
+    """Whether all blocks (uint8 bytes, whole ones) hold finite scales and values."""
+    return bool(library().ggml_validate_row_data(int(GGMLQuantizationType[qtype]), _address(raw), raw.nbytes))
 
 
 @functools.cache

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from convert.manifest import read_manifest
 from convert.safetensors_shard import read_safetensors
+from convert.shard import LocalShard, Shard
 from convert.source_tensor import SourceTensor
 from convert.torch_shard import read_torch_bin
 from engine.errors import CheckpointError, NotFound, UnsafeCheckpoint
@@ -31,7 +33,7 @@ class Layout:
     index: str
     single: str
     shards: str  # pattern of the shards' names
-    read: Callable[[Path], dict[str, SourceTensor]]
+    read: Callable[[Shard], dict[str, SourceTensor]]
 
 
 LAYOUTS = (
@@ -46,18 +48,24 @@ class Checkpoint:
 
     folder: Path
     config: Mapping[str, Any]
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     tensors: Mapping[str, SourceTensor]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read config.json, the index and every shard's header; NotFound, CheckpointError or UnsafeCheckpoint."""
+def open_checkpoint(folder: Path, remote: Mapping[str, Shard] | None = None) -> Checkpoint:
+    """Read config.json, the index and every shard's header; NotFound, CheckpointError or UnsafeCheckpoint.
+
+    remote: weight files that are not in the folder but on a hub, by name.
+    """
+    remote = remote or {}
     if not folder.is_dir():
         raise NotFound(f"no checkpoint: {folder} is not a folder")
     config = _read_json(folder / "config.json")
-    layout = _choose_layout(folder)
+    layout = _choose_layout(folder, remote)
     weight_map = _read_index(folder, layout)
-    shards = tuple(_shard(folder, name) for name in sorted(set(weight_map.values()) or {layout.single}))
+    names = sorted(set(weight_map.values()) or {layout.single})
+    hashes = {record.name: record.sha256 for record in read_manifest(folder).values() if record.is_whole}
+    shards = tuple(remote.get(name) or _shard(folder, name, hashes.get(name)) for name in names)
     tensors: dict[str, SourceTensor] = {}
     for shard in shards:
         for name, tensor in layout.read(shard).items():
@@ -68,10 +76,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, shards, tensors)
 
 
-def _choose_layout(folder: Path) -> Layout:
+def _choose_layout(folder: Path, remote: Mapping[str, Shard]) -> Layout:
     """The first layout of which any weight file is there: an index alone comes with every partial download."""
     for layout in LAYOUTS:
-        if (folder / layout.single).exists() or any(folder.glob(layout.shards)):
+        is_remote = any(name == layout.single or PurePosixPath(name).match(layout.shards) for name in remote)
+        if is_remote or (folder / layout.single).exists() or any(folder.glob(layout.shards)):
             return layout
     for layout in LAYOUTS:
         if (folder / layout.index).exists():
@@ -97,14 +106,14 @@ def _read_index(folder: Path, layout: Layout) -> dict[str, str]:
     return weight_map
 
 
-def _shard(folder: Path, name: str) -> Path:
+def _shard(folder: Path, name: str, sha256: str | None) -> LocalShard:
     if name in ("", ".", "..") or PurePosixPath(name).name != name or "\\" in name or "\0" in name:
         raise UnsafeCheckpoint(f"the index names {name!r}, which is not a plain file name: refused")
     path = folder / name
     if not path.exists():
         raise CheckpointError(f"shard {name} is missing from {folder}: fetch it")
     _check_inside(folder, path)
-    return path
+    return LocalShard(path, sha256)
 
 
 def _check_inside(folder: Path, path: Path) -> None:

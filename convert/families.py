@@ -7,6 +7,7 @@ llama.cpp, src/models/{qwen,chatglm,llama}.cpp, for what its loader reads.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,20 +20,24 @@ from engine.registry import Model, Shape, models
 
 Row = tuple[str, str, Callable[[Shape], tuple[int, ...]]]  # GGUF name, checkpoint name, torch shape
 
+SUPERBLOCK = 256  # values of a block of the K types
 LIMITS = {"n_layer": 512, "n_embd": 1 << 16, "n_head": 1024, "n_head_kv": 1024, "n_ff": 1 << 20, "n_vocab": 1 << 20}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One tensor of the output and where it comes from; shape in torch order.
+    """One tensor of the output and where it comes from; shapes in torch order.
 
     rope_head_dim: the rows of each head, this many, go from half-split to interleaved order.
+    n_parts: the rows are so many matrices one below the other, each padded on its own.
     """
 
     name: str
     source: str
     shape: tuple[int, ...]
+    source_shape: tuple[int, ...]
     rope_head_dim: int | None = None
+    n_parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class Family:
     config_keys: Mapping[str, str]  # Shape field -> key of config.json
     ignored: tuple[str, ...] = ()  # names of checkpoint tensors that are rightly left out
     permuted: tuple[str, ...] = ()  # GGUF names, without the layer, whose rows are re-ordered
+    doubled: tuple[str, ...] = ()  # GGUF names, without the layer, that hold gate and up in one
 
 
 def _matrix(rows: Callable[[Shape], int], columns: Callable[[Shape], int]) -> Callable[[Shape], tuple[int, ...]]:
@@ -160,6 +166,7 @@ FAMILIES = {
             | {"n_head_kv": "multi_query_group_num", "n_ff": "ffn_hidden_size", "n_vocab": "padded_vocab_size"}
             | {"n_ctx_train": "seq_length", "rms_eps": "layernorm_epsilon"},
             ignored=(r"transformer\.rotary_pos_emb\.inv_freq",),
+            doubled=("ffn_up.weight",),
         ),
         Family(
             "deepseek-llm",
@@ -211,18 +218,29 @@ def read_shape(model: Model, family: Family, config: Mapping[str, Any]) -> Shape
     return shape
 
 
-def targets(family: Family, shape: Shape) -> tuple[Target, ...]:
-    """Every tensor of the output, with the checkpoint tensor that it comes from."""
+def padded_shape(shape: Shape) -> Shape:
+    """The shape with a feed-forward width of whole blocks of 256: zeros there leave the function unchanged.
+
+    silu(0) * 0 = 0 goes into columns that are zero, too: what a padded unit adds to the sum is nothing.
+    """
+    return dataclasses.replace(shape, n_ff=-(-shape.n_ff // SUPERBLOCK) * SUPERBLOCK)
+
+
+def targets(family: Family, shape: Shape, padded: Shape | None = None) -> tuple[Target, ...]:
+    """Every tensor of the output, with the checkpoint tensor that it comes from; padded: the output's shape."""
+    padded = padded or shape
     outside = [row for row in family.rows if "{n}" not in row[0]]
     inside = [row for row in family.rows if "{n}" in row[0]]
     return tuple(
-        [Target(name, source, size(shape)) for name, source, size in outside]
+        [Target(name, source, size(padded), size(shape)) for name, source, size in outside]
         + [
             Target(
                 name.format(n=n),
                 source.format(n=n),
+                size(padded),
                 size(shape),
                 shape.head_dim if name.endswith(family.permuted or ("?",)) else None,
+                2 if name.endswith(family.doubled or ("?",)) else 1,
             )
             for n in range(shape.n_layer)
             for name, source, size in inside
@@ -245,8 +263,10 @@ def match_targets(
             raise CheckpointError(f"unexpected tensor {name}: this is not the official layout of {family.key}")
     pairs = [(target, tensors[target.source]) for target in wanted]
     for target, tensor in pairs:
-        if tensor.shape != target.shape:
-            raise CheckpointError(f"tensor {tensor.name} has shape {tensor.shape}, config.json makes it {target.shape}")
+        if tensor.shape != target.source_shape:
+            raise CheckpointError(
+                f"tensor {tensor.name} has shape {tensor.shape}, config.json makes it {target.source_shape}"
+            )
         if tensor.dtype not in ("BF16", "F16", "F32"):
             raise CheckpointError(f"tensor {tensor.name} is {tensor.dtype}; BF16, F16 and F32 can be converted")
     return pairs
@@ -258,7 +278,7 @@ def model_entries(model: Model, family: Family, shape: Shape) -> list[Entry]:
         Entry("general.architecture", "str", model.arch),
         Entry("general.type", "str", "model"),
         Entry("general.name", "str", model.title),
-        Entry("general.source.url", "str", f"https://modelscope.cn/models/{model.modelscope}"),
+        Entry("general.source.url", "str", f"https://modelscope.cn/models/{model.sources['modelscope'].repo}"),
         *family.hyperparameters(shape),
     ]
 

@@ -2,7 +2,7 @@
 
 Source: llama.cpp, src/llama-quant.cpp: llama_tensor_get_type_impl, tensor_type_fallback and
 tensor_allows_quantization, without the cases of other architectures, experts and importance
-matrices. tests/test_mixture.py holds it to the library's own answers.
+matrices. tests/test_identity.py holds it to what the library itself makes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ class Mixture:
 
     number: int
     qtype: str
+
+    @property
+    def has_superblocks(self) -> bool:
+        """Whether its blocks are the K types' of 256 values: rows of other lengths fall back to slower types."""
+        return self.qtype.endswith("_K")
 
 
 MIXTURES = {

@@ -3,31 +3,34 @@
     reader    each shard from its first byte to its last, once, hashing it; tensors cut into slabs
     queue     at most one waiting slab a worker
     workers   check, widen, quantize, write in place; buffers of their own
+    scribe    syncs the output and puts finished tensors on record, so that a later run can go on
 
 At most 2 * n_threads + 1 slabs of source and as many slabs of float32 as threads exist at a time,
-whatever the size of the checkpoint. Reading strictly forward means that the source may as well be
-a disk that is slow to seek.
+whatever the size of the checkpoint. Reading is strictly forward: the source may be a slow disk or
+the network. A run that goes on takes up each shard after its last tensor that is finished together
+with all before it, with the hash as it stood there.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
 
-from convert.blocks import SOURCE_BYTES, first_non_finite, quantize_rows, row_bytes, widen
-from convert.gguf_file import GGUFFile
+from convert import digest as digests
+from convert.blocks import quantize_rows, row_bytes
+from convert.digest import Sha256
+from convert.journal import Finished, Mark
+from convert.output_file import OutputFile
 from convert.plan import Item
+from convert.shard import Shard
+from convert.slabs import SLAB_BYTES, Span, check_finite, float_rows, is_copied, ordered, source_row_bytes, spans
 from engine.errors import CheckpointError
-
-SLAB_BYTES = 8 << 20  # of source: 16 MiB as float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,40 +42,47 @@ class Progress:
     total_bytes: int
 
 
+OnProgress = Callable[[Progress], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Slab:
     """Some whole rows of one tensor, as they are in the shard: raw is (n_bytes,) uint8."""
 
     item: Item
-    first_row: int
-    n_rows: int
+    span: Span
     raw: np.ndarray
 
 
 def run(
-    shards: Sequence[Path],
+    shards: Sequence[Shard],
     items: Sequence[Item],
-    output: GGUFFile,
+    output: OutputFile,
     n_threads: int,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[str]:
-    """Convert all items into the output; the sha256 of each shard, as hex, in their order.
+    """Convert all items that are not finished; the sha256 of each shard, as hex, in their order.
 
-    Raises what a worker or the reader raised first, after every thread has ended.
+    Raises what a thread raised first, after every one has ended. A shard that has another hash than
+    it must have makes CheckpointError, and nothing finished so far is kept.
     """
     slabs: queue.Queue[Slab | None] = queue.Queue(maxsize=n_threads)
     failures: list[BaseException] = []
-    tally = _Tally(sum(item.tensor.n_bytes for item in items), on_progress)
+    scribe = _Scribe(output, failures)
+    tally = _Tally(items, output, scribe, on_progress)
     workers = [threading.Thread(target=_work, args=(slabs, output, tally, failures)) for _ in range(n_threads)]
-    for worker in workers:
-        worker.start()
+    for thread in (scribe, *workers):
+        thread.start()
     hashes: list[str] = []
     try:
         for shard in shards:
-            for slab in _read_shard(shard, [i for i in items if i.tensor.shard == shard], hashes):
+            of_shard = [item for item in items if item.tensor.shard == shard]
+            for slab in _read_shard(shard, of_shard, output, tally, hashes):
                 if failures:
                     break
                 slabs.put(slab)
+            if failures:
+                break
     except BaseException as error:  # KeyboardInterrupt too: the workers must end before the file is closed
         failures.append(error)
     finally:
@@ -80,113 +90,186 @@ def run(
             slabs.put(None)
         for worker in workers:
             worker.join()
+        scribe.stop()
     if failures:
         raise failures[0]
     return hashes
 
 
+@dataclass(slots=True)
+class _Count:
+    """What is still to come of one tensor."""
+
+    n_slabs: int
+    pieces: dict[int, tuple[int, str]] = field(default_factory=dict)
+    mark: Mark | None = None
+
+
 class _Tally:
-    """Counts finished bytes across threads and passes them on."""
+    """Counts finished slabs across threads; tells the scribe of whole tensors, the user of bytes."""
 
-    def __init__(self, total_bytes: int, on_progress: Callable[[Progress], None] | None) -> None:
-        self._lock, self._done, self._total, self._on_progress = threading.Lock(), 0, total_bytes, on_progress
+    def __init__(
+        self, items: Sequence[Item], output: OutputFile, scribe: _Scribe, on_progress: OnProgress | None
+    ) -> None:
+        self._lock, self._scribe, self._on_progress = threading.Lock(), scribe, on_progress
+        self._total = sum(item.tensor.n_bytes for item in items)
+        self._done = sum(item.tensor.n_bytes for item in items if item.slot.name in output.finished)
+        self._counts = {item.slot.name: _Count(len(spans(item))) for item in items}
 
-    def add(self, slab: Slab) -> None:
+    def add(self, slab: Slab, piece: tuple[int, str]) -> None:
+        """A slab is written."""
         with self._lock:
+            name = slab.item.slot.name
+            self._counts[name].pieces[slab.span.index] = piece
             self._done += slab.raw.nbytes
             if self._on_progress:
-                self._on_progress(Progress(slab.item.slot.name, self._done, self._total))
+                self._on_progress(Progress(name, self._done, self._total))
+            self._tell(name)
+
+    def mark(self, item: Item, mark: Mark) -> None:
+        """A tensor is read to its end, and this is how the shard's hash stands there."""
+        with self._lock:
+            self._counts[item.slot.name].mark = mark
+            self._tell(item.slot.name)
+
+    def _tell(self, name: str) -> None:
+        count = self._counts[name]
+        if count.mark and len(count.pieces) == count.n_slabs:
+            pieces = tuple(count.pieces[index] for index in range(count.n_slabs))
+            self._scribe.put(Finished(name, pieces, count.mark))
 
 
-def _work(slabs: queue.Queue[Slab | None], output: GGUFFile, tally: _Tally, failures: list[BaseException]) -> None:
+class _Scribe(threading.Thread):
+    """Puts finished tensors on record, as many at a time as have come together."""
+
+    def __init__(self, output: OutputFile, failures: list[BaseException]) -> None:
+        super().__init__()
+        self._queue: queue.SimpleQueue[Finished | None] = queue.SimpleQueue()
+        self._output, self._failures = output, failures
+
+    def put(self, item: Finished) -> None:
+        self._queue.put(item)
+
+    def stop(self) -> None:
+        """End after what is waiting; whatever failed, tensors that are whole stay on record."""
+        self._queue.put(None)
+        self.join()
+
+    def run(self) -> None:
+        is_last = False
+        while not is_last:
+            batch = [self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get())
+            is_last = None in batch
+            items = [item for item in batch if item is not None]
+            try:
+                if items:
+                    self._output.finish(items)
+            except BaseException as error:
+                self._failures.append(error)
+
+
+def _work(slabs: queue.Queue[Slab | None], output: OutputFile, tally: _Tally, failures: list[BaseException]) -> None:
     """Convert slabs until the end mark; after a failure anywhere, only empty the queue."""
     floats, blocks = np.empty(0, np.float32), np.empty(0, np.uint8)
     while (slab := slabs.get()) is not None:
         if failures:
             continue
         try:
-            n_values = slab.raw.nbytes // SOURCE_BYTES[slab.item.tensor.dtype]
+            n_values = (slab.span.n_rows + slab.span.n_zero) * slab.item.slot.shape[0]
             if floats.size < n_values:
                 floats, blocks = np.empty(n_values, np.float32), np.empty(4 * n_values, np.uint8)
-            _convert(slab, floats[:n_values], blocks, output)
-            tally.add(slab)
+            tally.add(slab, _convert(slab, floats, blocks, output))
         except BaseException as error:
             failures.append(error)
 
 
-def _convert(slab: Slab, floats: np.ndarray, blocks: np.ndarray, output: GGUFFile) -> None:
-    item, n_per_row = slab.item, slab.item.slot.shape[0]
-    dtype, bytes_per_row = item.tensor.dtype, row_bytes(item.slot.qtype, n_per_row)
-    bad = first_non_finite(dtype, slab.raw)
-    if bad is not None:
-        place = slab.first_row * n_per_row + bad
-        raise CheckpointError(
-            f"tensor {item.tensor.name} in {item.tensor.shard.name}: value {place} is not a finite number; "
-            "the checkpoint is damaged: fetch it again"
-        )
-    raw = slab.raw if item.rope_head_dim is None else _interleave(slab, item.rope_head_dim)
-    out = blocks[: slab.n_rows * bytes_per_row]
-    if dtype == item.slot.qtype:
-        out[:] = raw
+def _convert(slab: Slab, floats: np.ndarray, blocks: np.ndarray, output: OutputFile) -> tuple[int, str]:
+    """Write one slab; size and sha256 of what was written."""
+    item, span = slab.item, slab.span
+    bytes_per_row = row_bytes(item.slot.qtype, item.slot.shape[0])
+    check_finite(item, span, slab.raw)
+    out = blocks[: (span.n_rows + span.n_zero) * bytes_per_row]
+    if is_copied(item):
+        out[:] = ordered(item, slab.raw)
     else:
-        rows = floats.reshape(slab.n_rows, n_per_row)
-        widen(dtype, raw, rows)
-        quantize_rows(item.slot.qtype, rows, out)
-    output.write(item.slot, slab.first_row * bytes_per_row, out)
+        quantize_rows(item.slot.qtype, float_rows(item, span, slab.raw, floats), out)
+    output.write(item.slot, span.out_first * bytes_per_row, out)
+    return out.nbytes, hashlib.sha256(out.data).hexdigest()
 
 
-def _interleave(slab: Slab, head_dim: int) -> np.ndarray:
-    """Rows of each head from half-split to interleaved rotary order, as llama.cpp's `llama` wants q and k.
-
-    Source: llama.cpp, conversion/llama.py: permute.
-    """
-    heads = slab.raw.reshape(slab.n_rows // head_dim, 2, head_dim // 2, -1)
-    return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(-1)
-
-
-def _read_shard(shard: Path, items: Sequence[Item], hashes: list[str]) -> Iterator[Slab]:
-    """The slabs of one shard in the order of its bytes; appends the shard's sha256 at the end."""
-    digest = hashlib.sha256()
-    with shard.open("rb", buffering=0) as file:
-        before = os.fstat(file.fileno())
-        position = 0
-        for item in sorted(items, key=lambda item: item.tensor.offset):
-            if item.tensor.offset < position:
-                raise CheckpointError(f"{shard}: tensor {item.tensor.name} shares bytes with another")
+def _read_shard(
+    shard: Shard, items: Sequence[Item], output: OutputFile, tally: _Tally, hashes: list[str]
+) -> Iterator[Slab]:
+    """The unfinished slabs of one shard in the order of its bytes; appends the shard's sha256 at the end."""
+    items = sorted(items, key=lambda item: item.tensor.offset)
+    position, digest = _resume(items, output)
+    n_bytes = shard.n_bytes
+    with shard.stream(position) as file:
+        for item in items:
+            end = item.tensor.offset + item.tensor.n_bytes
+            if end <= position:
+                continue
+            if item.tensor.offset < position or end > n_bytes:
+                raise CheckpointError(
+                    f"{shard}: tensor {item.tensor.name} is not where its header says: fetch it again"
+                )
             _skip(file, item.tensor.offset - position, digest)
-            yield from _read_tensor(file, item, digest)
-            position = item.tensor.offset + item.tensor.n_bytes
-        _skip(file, before.st_size - position, digest)
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise CheckpointError(f"{shard} was changed while it was read: wait until it is complete")
-    hashes.append(digest.hexdigest())
+            finished = output.finished.get(item.slot.name)
+            if finished is None:
+                yield from _read_tensor(file, item, digest)
+                tally.mark(item, Mark(shard.name, end, digest.hexdigest(), digest.save()))
+            else:
+                _skip(file, item.tensor.n_bytes, digest)
+                _check_mark(shard, finished.mark, digest, output)
+            position = end
+        _skip(file, n_bytes - position, digest)
+    found = digest.hexdigest()
+    if shard.sha256 is not None and found != shard.sha256:
+        output.forget()
+        raise CheckpointError(f"{shard} has sha256 {found}, it must be {shard.sha256}: fetch it again")
+    hashes.append(found)
 
 
-def _read_tensor(file: BinaryIO, item: Item, digest: hashlib._Hash) -> Iterator[Slab]:
-    n_per_row = item.slot.shape[0]
-    row = n_per_row * SOURCE_BYTES[item.tensor.dtype]
-    n_rows, step = item.tensor.n_bytes // row, max(1, SLAB_BYTES // row)
-    if item.rope_head_dim:
-        step = max(item.rope_head_dim, step // item.rope_head_dim * item.rope_head_dim)
-    for first in range(0, n_rows, step):
-        count = min(step, n_rows - first)
-        yield Slab(item, first, count, _read(file, count * row, digest))
+def _resume(items: Sequence[Item], output: OutputFile) -> tuple[int, Sha256]:
+    """Where to begin in a shard, and the hash of what lies before."""
+    last: Mark | None = None
+    for item in items:
+        finished = output.finished.get(item.slot.name)
+        if finished is None:
+            break
+        last = finished.mark
+    if last and last.state and (digest := digests.restore(last.state, last.sha256)):
+        return last.position, digest
+    return 0, Sha256()
 
 
-def _skip(file: BinaryIO, n_bytes: int, digest: hashlib._Hash) -> None:
+def _check_mark(shard: Shard, mark: Mark, digest: Sha256, output: OutputFile) -> None:
+    if digest.hexdigest() != mark.sha256:
+        output.forget()
+        raise CheckpointError(f"{shard} is not what it was when the last run read it: run again to begin anew")
+
+
+def _read_tensor(file: BinaryIO, item: Item, digest: Sha256) -> Iterator[Slab]:
+    row = source_row_bytes(item)
+    for span in spans(item):
+        yield Slab(item, span, _read(file, span.n_rows * row, digest))
+
+
+def _skip(file: BinaryIO, n_bytes: int, digest: Sha256) -> None:
     while n_bytes > 0:
         n_bytes -= _read(file, min(n_bytes, SLAB_BYTES), digest).nbytes
 
 
-def _read(file: BinaryIO, n_bytes: int, digest: hashlib._Hash) -> np.ndarray:
+def _read(file: BinaryIO, n_bytes: int, digest: Sha256) -> np.ndarray:
     """Exactly n_bytes from the file into a buffer of that size, hashed."""
     buffer = np.empty(n_bytes, np.uint8)
     view = memoryview(buffer.data)
     while view:
         got = file.readinto(view)  # type: ignore[attr-defined]
         if not got:
-            raise CheckpointError(f"{file.name} ended {len(view)} bytes early: fetch it again")
+            raise CheckpointError(f"{getattr(file, 'name', 'a shard')} ended {len(view)} bytes early: fetch it again")
         view = view[got:]
-    digest.update(buffer.data)
+    digest.update(buffer)
     return buffer

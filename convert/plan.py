@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from convert.blocks import PINNED
 from convert.checkpoint import open_checkpoint
-from convert.families import match_targets, model_entries, read_shape, recognise, targets
-from convert.gguf_file import Entry, Slot, layout
+from convert.families import Target, match_targets, model_entries, padded_shape, read_shape, recognise, targets
+from convert.gguf_file import Entry, Slot, header_bytes, layout
 from convert.mixture import MIXTURES, choose_qtypes, file_order
+from convert.shard import Shard
 from convert.source_tensor import SourceTensor
 from convert.vocab import vocabulary_entries
 from convert.vocab_files import read_vocabulary
-from engine.registry import Model
+from engine.registry import Model, Shape
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
@@ -25,7 +30,23 @@ class Item:
 
     tensor: SourceTensor
     slot: Slot
-    rope_head_dim: int | None
+    rope_head_dim: int | None = None
+    n_parts: int = 1
+
+    @property
+    def n_columns(self) -> int:
+        """Values of a row as stored."""
+        return self.tensor.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows as stored."""
+        return math.prod(self.tensor.shape[:-1])
+
+    @property
+    def n_out_rows(self) -> int:
+        """Rows of the output."""
+        return math.prod(self.slot.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +55,59 @@ class Plan:
 
     model: Model
     ftype: str
-    shards: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     items: tuple[Item, ...]
     slots: tuple[Slot, ...]
     entries: tuple[Entry, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """What two runs must have in common for the second to go on with the first: sha256 as hex."""
+        header = hashlib.sha256(header_bytes(self.entries, self.slots)).hexdigest()
+        shards = [shard.identity for shard in self.shards]
+        whole = json.dumps([PINNED, self.ftype, header, shards])
+        return hashlib.sha256(whole.encode("utf-8")).hexdigest()
 
     @property
     def source_bytes(self) -> int:
         return sum(item.tensor.n_bytes for item in self.items)
 
 
-def plan_conversion(folder: Path, ftype: str) -> Plan:
-    """The plan for one checkpoint folder and mixture; CheckpointError says why there can be none."""
-    checkpoint = open_checkpoint(folder)
+def plan_conversion(
+    folder: Path, ftype: str, remote: Mapping[str, Shard] | None = None, pad_ff: bool | None = None
+) -> Plan:
+    """The plan for one checkpoint folder and mixture; CheckpointError says why there can be none.
+
+    pad_ff: fill the feed-forward width up to whole blocks with zeros; None as models.toml says.
+    """
+    checkpoint = open_checkpoint(folder, remote)
     model, family = recognise(checkpoint.config)
     shape = read_shape(model, family, checkpoint.config)
-    pairs = {t.name: (t, source) for t, source in match_targets(family, targets(family, shape), checkpoint.tensors)}
+    padded = output_shape(model, shape, ftype, pad_ff)
+    wanted = match_targets(family, targets(family, shape, padded), checkpoint.tensors)
+    pairs = {target.name: (target, source) for target, source in wanted}
     slots = place([(name, target.shape) for name, (target, _) in pairs.items()], ftype)
-    items = [Item(pairs[slot.name][1], slot, pairs[slot.name][0].rope_head_dim) for slot in slots]
+    items = [_item(*pairs[slot.name], slot) for slot in slots]
     vocabulary = read_vocabulary(family.key, folder, shape.n_vocab)
-    entries = [*model_entries(model, family, shape), *vocabulary_entries(vocabulary)]
+    entries = [*model_entries(model, family, padded), *vocabulary_entries(vocabulary)]
+    entries += padding_entries(shape, padded)
     entries += own_entries(model, ftype, checkpoint.shards)
     return Plan(model, ftype, checkpoint.shards, tuple(items), slots, tuple(entries))
+
+
+def _item(target: Target, tensor: SourceTensor, slot: Slot) -> Item:
+    return Item(tensor, slot, target.rope_head_dim, target.n_parts)
+
+
+def output_shape(model: Model, shape: Shape, ftype: str, pad_ff: bool | None = None) -> Shape:
+    """The shape of the output: padded where asked for, or where models.toml does and the type has large blocks."""
+    wanted = model.pad_ff and MIXTURES[ftype].has_superblocks if pad_ff is None else pad_ff
+    return padded_shape(shape) if wanted else shape
+
+
+def padding_entries(shape: Shape, padded: Shape) -> list[Entry]:
+    """The checkpoint's own feed-forward width, where the file has another."""
+    return [Entry("fourbit.n_ff", "u32", shape.n_ff)] if padded != shape else []
 
 
 def place(tensors: Sequence[tuple[str, tuple[int, ...]]], ftype: str) -> tuple[Slot, ...]:
@@ -65,7 +117,7 @@ def place(tensors: Sequence[tuple[str, tuple[int, ...]]], ftype: str) -> tuple[S
     return layout([(name, shapes[name], qtypes[name]) for name in sorted(shapes, key=file_order)])
 
 
-def own_entries(model: Model, ftype: str, shards: Sequence[Path], replica: bool = False) -> list[Entry]:
+def own_entries(model: Model, ftype: str, shards: Sequence[Shard], replica: bool = False) -> list[Entry]:
     """What fourbit adds: chat template, model, origin; the hashes still zeros, of their final length."""
     entries = [
         Entry("tokenizer.chat_template", "str", chat_template(model)),

@@ -16,9 +16,10 @@ import numpy as np
 
 from convert.blocks import quantize_rows, row_bytes
 from convert.families import FAMILIES, model_entries, targets
-from convert.gguf_file import GGUFFile, Slot, create
+from convert.gguf_file import Slot
+from convert.output_file import OutputFile, create
 from convert.pipeline import Progress
-from convert.plan import own_entries, place
+from convert.plan import output_shape, own_entries, padding_entries, place
 from convert.quantize import Written, refuse_existing
 from convert.vocab import made_vocabulary, vocabulary_entries
 from engine.home import home
@@ -39,9 +40,10 @@ def replica_shape(model: Model, n_layer: int | None = None) -> Shape:
     return dataclasses.replace(model.shape, n_layer=n_layer or model.shape.n_layer)
 
 
-def replica_slots(model: Model, ftype: str, n_layer: int | None = None) -> tuple[Slot, ...]:
+def replica_slots(model: Model, ftype: str, n_layer: int | None = None, pad_ff: bool | None = None) -> tuple[Slot, ...]:
     """The tensors of a replica, types and sizes, before anything is written."""
-    wanted = targets(FAMILIES[model.family], replica_shape(model, n_layer))
+    shape = replica_shape(model, n_layer)
+    wanted = targets(FAMILIES[model.family], shape, output_shape(model, shape, ftype, pad_ff))
     return place([(target.name, target.shape) for target in wanted], ftype)
 
 
@@ -51,13 +53,16 @@ def write_replica(
     out: Path | None = None,
     *,
     n_layer: int | None = None,
+    pad_ff: bool | None = None,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Written:
     """Write a replica of a model, with fewer layers if asked; raises as quantize() does."""
     start = time.perf_counter()
-    shape, slots = replica_shape(model, n_layer), replica_slots(model, ftype, n_layer)
-    entries = [*model_entries(model, FAMILIES[model.family], shape), *vocabulary_entries(made_vocabulary(model))]
+    shape, slots = replica_shape(model, n_layer), replica_slots(model, ftype, n_layer, pad_ff)
+    padded = output_shape(model, shape, ftype, pad_ff)
+    entries = [*model_entries(model, FAMILIES[model.family], padded), *vocabulary_entries(made_vocabulary(model))]
+    entries += padding_entries(shape, padded)
     entries += own_entries(model, ftype, (), replica=True)
     path = replica_file(model, ftype) if out is None else out
     refuse_existing(path, overwrite)
@@ -67,7 +72,7 @@ def write_replica(
     return Written(path, model.key, ftype, len(slots), n_bytes, time.perf_counter() - start)
 
 
-def _write_tensors(output: GGUFFile, slots: tuple[Slot, ...], on_progress: Callable[[Progress], None] | None) -> None:
+def _write_tensors(output: OutputFile, slots: tuple[Slot, ...], on_progress: Callable[[Progress], None] | None) -> None:
     total, done = sum(slot.n_bytes for slot in slots), 0
     tiles: dict[tuple[str, int, float], np.ndarray] = {}
     for slot in slots:
@@ -95,6 +100,6 @@ def _tile(qtype: str, n_per_row: int, is_matrix: bool, mean: float, spread: floa
     return np.tile(tile, max(1, WRITE_BYTES // tile.nbytes)) if is_matrix else tile
 
 
-def _repeat(output: GGUFFile, slot: Slot, tile: np.ndarray) -> None:
+def _repeat(output: OutputFile, slot: Slot, tile: np.ndarray) -> None:
     for offset in range(0, slot.n_bytes, tile.nbytes):
         output.write(slot, offset, tile[: slot.n_bytes - offset])

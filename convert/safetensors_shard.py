@@ -13,9 +13,9 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from convert.shard import Shard
 from convert.source_tensor import DTYPE_BYTES, SourceTensor
 from engine.errors import CheckpointError
 
@@ -23,30 +23,30 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSION = 1 << 40
 
 
-def read_safetensors(path: Path) -> dict[str, SourceTensor]:
+def read_safetensors(shard: Shard) -> dict[str, SourceTensor]:
     """The tensors of one shard; CheckpointError says what is wrong with it."""
     try:
-        with path.open("rb") as file:
-            n_bytes = path.stat().st_size
-            header_bytes = _header_bytes(path, file.read(8), n_bytes)
+        with shard.open() as file:
+            n_bytes = shard.n_bytes
+            header_bytes = _header_bytes(shard, file.read(8), n_bytes)
             raw = file.read(header_bytes)
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
-        return _tensors(path, header, 8 + header_bytes, n_bytes)
+        return _tensors(shard, header, 8 + header_bytes, n_bytes)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{shard} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}; fetch it again") from error
+        raise CheckpointError(f"{shard} is not a safetensors file: {error}; fetch it again") from error
 
 
-def _header_bytes(path: Path, prefix: bytes, n_bytes: int) -> int:
+def _header_bytes(shard: Shard, prefix: bytes, n_bytes: int) -> int:
     if len(prefix) < 8:
-        raise CheckpointError(f"{path} is truncated: it has {n_bytes} bytes; fetch it again")
+        raise CheckpointError(f"{shard} is truncated: it has {n_bytes} bytes; fetch it again")
     header_bytes: int = struct.unpack("<Q", prefix)[0]
     if header_bytes > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path}: a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are read")
+        raise CheckpointError(f"{shard}: a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are read")
     if 8 + header_bytes > n_bytes:
         raise CheckpointError(
-            f"{path} is truncated: its header ends at byte {8 + header_bytes}, the file has {n_bytes}; fetch it again"
+            f"{shard} is truncated: its header ends at byte {8 + header_bytes}, the file has {n_bytes}; fetch it again"
         )
     return header_bytes
 
@@ -58,18 +58,18 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _tensors(path: Path, header: Any, data_offset: int, n_bytes: int) -> dict[str, SourceTensor]:
+def _tensors(shard: Shard, header: Any, data_offset: int, n_bytes: int) -> dict[str, SourceTensor]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     _check_metadata(header.pop("__metadata__", {}))
-    found = [_tensor(path, name, entry, data_offset) for name, entry in header.items()]
+    found = [_tensor(shard, name, entry, data_offset) for name, entry in header.items()]
     end = data_offset
     for tensor in sorted(found, key=lambda t: (t.offset, t.n_bytes)):
         if tensor.offset != end:
             raise ValueError(f"tensor {tensor.name} begins at byte {tensor.offset}, the one before ends at {end}")
         end += tensor.n_bytes
     if end > n_bytes:
-        raise CheckpointError(f"{path} is truncated: {end} bytes are needed, it has {n_bytes}; fetch it again")
+        raise CheckpointError(f"{shard} is truncated: {end} bytes are needed, it has {n_bytes}; fetch it again")
     if end < n_bytes:
         raise ValueError(f"its tensors end at byte {end}, it has {n_bytes}")
     return {tensor.name: tensor for tensor in found}
@@ -80,7 +80,7 @@ def _check_metadata(metadata: Any) -> None:
         raise ValueError("its __metadata__ is not a table of strings")
 
 
-def _tensor(path: Path, name: str, entry: Any, data_offset: int) -> SourceTensor:
+def _tensor(shard: Shard, name: str, entry: Any, data_offset: int) -> SourceTensor:
     if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {name!r} has not exactly a dtype, a shape and data_offsets")
     dtype, shape = entry["dtype"], _naturals(name, entry["shape"])
@@ -90,7 +90,7 @@ def _tensor(path: Path, name: str, entry: Any, data_offset: int) -> SourceTensor
     n_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if len(offsets) != 2 or offsets[1] - offsets[0] != n_bytes:
         raise ValueError(f"tensor {name!r} of {dtype} {list(shape)} cannot lie at {list(offsets)}")
-    return SourceTensor(name, dtype, shape, path, data_offset + offsets[0], n_bytes)
+    return SourceTensor(name, dtype, shape, shard, data_offset + offsets[0], n_bytes)
 
 
 def _naturals(name: str, values: Any) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+
+from convert.shard import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,7 @@ class SourceTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    shard: Path
+    shard: Shard
     offset: int
     n_bytes: int
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
-from pathlib import Path
 from typing import BinaryIO
 
 from convert.pickle_index import View, read_pickle_index
+from convert.shard import Shard
 from convert.source_tensor import DTYPE_BYTES, SourceTensor
 from engine.errors import CheckpointError, UnsafeCheckpoint
 
@@ -22,29 +22,29 @@ MAX_PICKLE_BYTES = 64 << 20
 LOCAL_HEADER = struct.Struct("<4sHHHHHLLLHH")
 
 
-def read_torch_bin(path: Path) -> dict[str, SourceTensor]:
+def read_torch_bin(shard: Shard) -> dict[str, SourceTensor]:
     """The tensors of one shard; CheckpointError says what is wrong, UnsafeCheckpoint what is not data."""
     try:
-        with path.open("rb") as file:
-            entries = _entries(path, file)
+        with shard.open() as file:
+            entries = _entries(shard, file)
             prefix = _pickle_name(entries).removesuffix("data.pkl")
             _check_byte_order(file, entries.get(prefix + "byteorder"))
             views = read_pickle_index(_content(file, entries[prefix + "data.pkl"], MAX_PICKLE_BYTES))
-        return {name: _tensor(path, name, view, entries, prefix) for name, view in views.items()}
+        return {name: _tensor(shard, name, view, entries, prefix) for name, view in views.items()}
     except UnsafeCheckpoint as error:
-        raise UnsafeCheckpoint(f"{path}: {error}") from error
+        raise UnsafeCheckpoint(f"{shard}: {error}") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(f"{shard} cannot be read: {error.strerror or error}") from error
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path} is truncated or not a torch shard: {error}; fetch it again") from error
+        raise CheckpointError(f"{shard} is truncated or not a torch shard: {error}; fetch it again") from error
 
 
 Place = tuple[int, int]  # offset and size of an entry's bytes in the file
 
 
-def _entries(path: Path, file: BinaryIO) -> dict[str, Place]:
+def _entries(shard: Shard, file: BinaryIO) -> dict[str, Place]:
     """Every entry's place, its local header agreeing with the directory, none overlapping."""
-    end_of_file = path.stat().st_size
+    end_of_file = shard.n_bytes
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
     places: dict[str, Place] = {}
@@ -91,7 +91,7 @@ def _content(file: BinaryIO, place: Place, limit: int) -> bytes:
     return file.read(n_bytes)
 
 
-def _tensor(path: Path, name: str, view: View, entries: dict[str, Place], prefix: str) -> SourceTensor:
+def _tensor(shard: Shard, name: str, view: View, entries: dict[str, Place], prefix: str) -> SourceTensor:
     storage, width = view.storage, DTYPE_BYTES[view.storage.dtype]
     offset, n_bytes = entries.get(f"{prefix}data/{storage.key}", (0, -1))
     if n_bytes != storage.n_values * width:
@@ -101,7 +101,7 @@ def _tensor(path: Path, name: str, view: View, entries: dict[str, Place], prefix
         raise ValueError(f"tensor {name} of shape {view.shape} exceeds its storage of {storage.n_values} values")
     if not _is_contiguous(view):
         raise ValueError(f"tensor {name} has stride {view.stride} for shape {view.shape}; only row-major is read")
-    return SourceTensor(name, storage.dtype, view.shape, path, offset + view.offset * width, n_values * width)
+    return SourceTensor(name, storage.dtype, view.shape, shard, offset + view.offset * width, n_values * width)
 
 
 def _is_contiguous(view: View) -> bool:

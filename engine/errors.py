@@ -7,6 +7,7 @@ FourbitError                 exit code 1, one sentence: what, the number seen, t
 │   ├── UnknownArchitecture  no family converts it
 │   └── UnsafeCheckpoint     it holds something other than data
 ├── GGUFError                not a GGUF file, a damaged one, or one of another family
+├── FetchError               a hub does not give a checkpoint, or not the right one
 ├── OutputError              the output cannot be written
 ├── DoesNotFit               more memory or disk is needed than there is
 ├── MessageError             messages that no prompt can be built from
@@ -48,6 +49,10 @@ class UnsafeCheckpoint(CheckpointError):
 
 class GGUFError(FourbitError):
     """A file is no GGUF, is damaged, or is of another family."""
+
+
+class FetchError(FourbitError):
+    """A hub does not give a checkpoint, or not the right one."""
 
 
 class OutputError(FourbitError):

@@ -82,6 +82,14 @@ class Chat:
 
 
 @dataclass(frozen=True, slots=True)
+class Repository:
+    """A checkpoint on a hub: owner/name, and the branch, tag or commit that is taken."""
+
+    repo: str
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """One entry of models.toml."""
 
@@ -90,14 +98,15 @@ class Model:
     family: str
     arch: str
     architectures: tuple[str, ...]
-    modelscope: str
-    huggingface: str
+    sources: Mapping[str, Repository]
     source_qtype: str
     qtype: str
     shape: Shape
     sampling: Sampling
     chat: Chat
     controls: Mapping[str, int]
+    pad_ff: bool = False
+    sha256: Mapping[str, str] = dataclasses.field(default_factory=lambda: types.MappingProxyType({}))
 
 
 @functools.cache
@@ -145,7 +154,7 @@ def _build(kind: type, data: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     _only(data, set(hints), where)
     for field in dataclasses.fields(kind):
-        required = field.default is dataclasses.MISSING
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in data:
             raise RegistryError(f"{where}: key {field.name!r} is missing")
     return kind(**{name: _value(hints[name], data[name], f"{where}.{name}") for name in data})

@@ -74,6 +74,19 @@ def write_unquantized(path: Path, like: Path, family: str, shape: Shape, weights
     writer.close()
 
 
+def padded(weights: Weights, n_ff: int) -> Weights:
+    """ChatGLM3's weights with a wider feed-forward part: zeros below gate, below up, and right of down."""
+    made = dict(weights)
+    for name, values in weights.items():
+        if name.endswith("dense_h_to_4h.weight"):
+            gate, up = np.split(values, 2)
+            zeros = np.zeros((n_ff - len(gate), values.shape[1]), values.dtype)
+            made[name] = np.concatenate([gate, zeros, up, zeros])
+        elif name.endswith("dense_4h_to_h.weight"):
+            made[name] = np.pad(values, ((0, 0), (0, n_ff - values.shape[1])))
+    return made
+
+
 def quantize_with_llama_cpp(source: Path, out: Path, ftype: int) -> None:
     """llama.cpp's own quantizer."""
     llama_cpp = native._lib  # its log already silenced

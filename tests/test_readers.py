@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from convert.checkpoint import open_checkpoint
 from convert.pickle_index import read_pickle_index
 from convert.safetensors_shard import read_safetensors
+from convert.shard import LocalShard
 from convert.torch_shard import read_torch_bin
 from engine.errors import CheckpointError, FourbitError, GGUFError, UnsafeCheckpoint
 from engine.gguf_header import read_header
@@ -39,7 +40,7 @@ def mutated(data: bytes, edits, until: int | None = None) -> bytes:
 def test_tensors_lie_where_the_reader_says(tmp_path, write, read, dtype):
     path = tmp_path / "shard"
     write(path, WEIGHTS, dtype)
-    data, found = path.read_bytes(), read(path)
+    data, found = path.read_bytes(), read(LocalShard(path))
     assert set(found) == set(WEIGHTS)
     for name, tensor in found.items():
         assert (tensor.dtype, tensor.shape) == (dtype, WEIGHTS[name].shape)
@@ -50,7 +51,7 @@ def test_agrees_with_the_official_package(tmp_path):
     official = pytest.importorskip("safetensors.numpy")
     official.save_file(WEIGHTS, tmp_path / "theirs")
     write_safetensors(tmp_path / "ours", WEIGHTS, "F32")
-    found = read_safetensors(tmp_path / "theirs")
+    found = read_safetensors(LocalShard(tmp_path / "theirs"))
     assert {name: t.shape for name, t in found.items()} == {name: w.shape for name, w in WEIGHTS.items()}
     loaded = official.load_file(tmp_path / "ours")
     assert all(np.array_equal(loaded[name], WEIGHTS[name]) for name in WEIGHTS)
@@ -69,7 +70,7 @@ def test_what_ours_accepts_the_official_package_accepts(tmp_path):
         changed = mutated(data, edits, header_end)
         path.write_bytes(changed)
         try:
-            read_safetensors(path)
+            read_safetensors(LocalShard(path))
         except CheckpointError:
             return
         safetensors.deserialize(changed)
@@ -85,7 +86,7 @@ def test_truncated_anywhere_is_refused(tmp_path, read):
     for end in range(0, len(data) - 1, 13):
         path.write_bytes(data[:end])
         with pytest.raises(CheckpointError):
-            read(path)
+            read(LocalShard(path))
 
 
 def test_mutated_bin_is_read_or_refused(tmp_path):
@@ -98,7 +99,7 @@ def test_mutated_bin_is_read_or_refused(tmp_path):
     def check(edits):
         path.write_bytes(mutated(data, edits))
         try:
-            found = read_torch_bin(path)
+            found = read_torch_bin(LocalShard(path))
         except CheckpointError:
             return
         assert all(t.offset >= 0 and t.offset + t.n_bytes <= len(data) for t in found.values())
@@ -175,14 +176,16 @@ def test_gguf_header_truncated_anywhere_is_refused(converted, tmp_path):
 def test_official_layouts_open(tmp_path, family):
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", family))
     assert len(checkpoint.shards) == 2
-    assert all(shard.suffix == (".bin" if family == "deepseek-llm" else ".safetensors") for shard in checkpoint.shards)
+    assert all(
+        shard.path.suffix == (".bin" if family == "deepseek-llm" else ".safetensors") for shard in checkpoint.shards
+    )
 
 
 def test_bin_alone_is_read_though_both_indexes_are_there(tmp_path):
     folder = make_checkpoint(tmp_path / "c", "chatglm3")
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
-    assert {shard.suffix for shard in open_checkpoint(folder).shards} == {".bin"}
+    assert {shard.path.suffix for shard in open_checkpoint(folder).shards} == {".bin"}
 
 
 def test_links_out_of_the_folder_are_refused_and_a_hubs_blobs_are_not(tmp_path):
