@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.manifest import is_complete
+from convert.manifest import is_complete, read_manifest
 from convert.output_file import settle
 from engine.home import checkpoint_folder, model_file
 from engine.registry import Model, model, models
@@ -26,8 +26,20 @@ class Job:
 
 
 def jobs_in_home(keys: Sequence[str], ftype: str, overwrite: bool) -> list[Job]:
-    """A job for each model named, or for every model; RegistryError for an unknown key."""
-    return [_job(spec, ftype, overwrite) for spec in [model(key) for key in keys] or models().values()]
+    """A job for each model named; without names, for those at hand or, when nothing is, for every model.
+
+    Nobody who has fetched one checkpoint wants 30 GB more unasked. RegistryError for an unknown key.
+    """
+    if keys:
+        return [_job(model(key), ftype, overwrite) for key in keys]
+    at_hand = [spec for spec in models().values() if _is_at_hand(spec, ftype)]
+    return [_job(spec, ftype, overwrite) for spec in at_hand or models().values()]
+
+
+def _is_at_hand(spec: Model, ftype: str) -> bool:
+    """Whether a model is quantized, or its checkpoint in the models folder, if only in part."""
+    folder = checkpoint_folder(spec)
+    return model_file(spec, ftype).is_file() or bool(read_manifest(folder)) or is_complete(folder)
 
 
 def _job(spec: Model, ftype: str, overwrite: bool) -> Job:
