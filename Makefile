@@ -43,8 +43,9 @@ doctor: $(READY)                 ## what this machine can do and what is wrong w
 	@$(BIN)/fourbit doctor
 
 .PHONY: test
-test: quality                    ## lint, types and all tests
+test: quality                    ## lint, types and all tests, a minute of hostile input among them
 	@$(BIN)/pytest
+	@$(BIN)/python -m tests.fuzz --seconds 60
 
 .PHONY: style
 style: $(READY)                  ## format and mend what ruff can mend
@@ -56,6 +57,15 @@ quality: $(READY)                ## check format, lint and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+
+SECONDS ?= 600
+.PHONY: fuzz
+fuzz: $(READY)                   ## hostile input for SECONDS=600: mutated shards, pickles and GGUF files; prints counts
+	@$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
+
+.PHONY: crash
+crash: $(READY)                  ## kill, fill and break conversions at every write; prints counts
+	@$(BIN)/python -m tests.crash
 
 .PHONY: bench-save
 bench-save: $(READY)             ## run tests/perf and keep the numbers under .benchmarks/

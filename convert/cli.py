@@ -64,7 +64,8 @@ def quantize(ftype: str, **options: Any) -> None:
     """Turn checkpoints into quantized GGUF files, in one pass.
 
     MODEL is a key of models.toml; without one, those at hand or, when none is, all. A checkpoint
-    that is not in the models folder is fetched first, or with --stream read from the hub as it is converted. A run that was
+    that is not in the models folder is fetched first, or with --stream read from the hub as it is
+    converted. A run that was
     interrupted goes on where it stood.
     """
     _convert(ftype, **options)

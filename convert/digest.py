@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import binascii
 import ctypes
-import ctypes.util
 import functools
 import hashlib
 import struct
@@ -22,7 +21,7 @@ import numpy as np
 
 STATE_BYTES = 112
 BLOCK_BYTES, DIGEST_BYTES = 64, 32
-_NAMES = ("libcrypto.so.3", "libcrypto.so.1.1")
+_NAMES = ("libcrypto.so.3", "libcrypto.so.1.1", "libcrypto.so")
 
 
 class Sha256:
@@ -84,12 +83,12 @@ def _library() -> Any:
     """libcrypto, once its functions have been seen to work on a saved state; None otherwise."""
     if not sys.platform.startswith("linux") or sys.byteorder != "little":
         return None
-    for name in (*_NAMES, ctypes.util.find_library("crypto")):
+    for name in _NAMES:  # by name: ctypes.util.find_library runs programs to find it
         try:
-            library = ctypes.CDLL(name) if name else None
+            library = ctypes.CDLL(name)
         except OSError:
             continue
-        if library is not None and _works(library):
+        if _works(library):
             return library
     return None
 

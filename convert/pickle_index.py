@@ -8,6 +8,7 @@ Sources: Lib/pickletools.py; torch/_utils.py: _rebuild_tensor_v2; torch/serializ
 
 from __future__ import annotations
 
+import encodings.raw_unicode_escape  # noqa: F401 - pickletools decodes by it: nothing is imported while a file is read
 import pickletools
 import warnings
 from collections.abc import Callable

@@ -8,6 +8,7 @@ Source: torch/csrc/jit/serialization: a zip whose entries are stored and aligned
 
 from __future__ import annotations
 
+import encodings.cp437  # noqa: F401 - zipfile decodes odd names by it: nothing is imported while a file is read
 import math
 import struct
 import zipfile
@@ -47,6 +48,8 @@ def _entries(shard: Shard, file: BinaryIO) -> dict[str, Place]:
     end_of_file = shard.n_bytes
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
+    if min((info.header_offset for info in infos), default=0) != 0:
+        raise ValueError("something lies before its first entry")
     places: dict[str, Place] = {}
     end = 0
     for info in sorted(infos, key=lambda info: info.header_offset):

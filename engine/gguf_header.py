@@ -27,7 +27,8 @@ from engine.errors import GGUFError
 
 MAX_ENTRIES = 1 << 20  # keys or tensors; the largest real files have a few thousand
 MAX_ALIGNMENT = 1 << 16
-STRING, ARRAY = 8, 9
+MAX_NAME_BYTES = 64  # GGML_MAX_NAME, with its closing zero
+U32, STRING, ARRAY = 4, 8, 9
 SCALARS = dict(enumerate(("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?")))
 SCALARS |= {10: "<Q", 11: "<q", 12: "<d"}
 
@@ -62,13 +63,13 @@ class Header:
     metadata: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
     data_offset: int
+    kinds: Mapping[str, int]  # value type of each key: SCALARS, STRING, ARRAY
 
     def strings(self, key: str) -> list[bytes]:
         """The elements of a string array, as bytes; GGUFError when the key is absent or of another type."""
         array = self._array(key, STRING)
         with self.path.open("rb") as file, _mapped(file.fileno()) as data:
-            cursor = _Cursor(self.path, data, array.offset)
-            return [cursor.string() for _ in range(array.count)]
+            return _Cursor(self.path, data, array.offset).strings(array.count)
 
     def numbers(self, key: str) -> np.ndarray:
         """The elements of a number array, shape (count,); GGUFError when the key is absent or holds strings."""
@@ -110,18 +111,21 @@ def _parse(path: Path, data: mmap.mmap) -> Header:
         raise GGUFError(f"{path} is GGUF version {version}; versions 2 and 3 can be read")
     n_tensors, n_kv = cursor.count(), cursor.count()
     metadata: dict[str, Any] = {}
+    kinds: dict[str, int] = {}
     for _ in range(n_kv):
         key = cursor.text()
-        if key in metadata:
-            raise GGUFError(f"{path}: the key {key!r} occurs twice")
-        metadata[key] = cursor.value(cursor.scalar("<I"))
+        if key in metadata or not key:
+            raise GGUFError(f"{path}: the key {key[:80]!r} occurs twice or is empty")
+        kinds[key] = cursor.scalar("<I")
+        metadata[key] = cursor.value(kinds[key])
     infos = [cursor.tensor() for _ in range(n_tensors)]
     alignment = metadata.get("general.alignment", 32)
-    if not isinstance(alignment, int) or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
+    is_number = kinds.get("general.alignment", U32) == U32
+    if not is_number or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise GGUFError(f"{path}: the alignment {alignment} is not a power of two up to {MAX_ALIGNMENT}")
     start = -(-cursor.offset // alignment) * alignment
     tensors = _placed(path, infos, start, alignment, len(data))
-    return Header(path, len(data), version, metadata, tensors, start)
+    return Header(path, len(data), version, metadata, tensors, start, kinds)
 
 
 def _placed(path: Path, infos: list[Tensor], start: int, alignment: int, file_bytes: int) -> tuple[Tensor, ...]:
@@ -207,8 +211,22 @@ class _Cursor:
             offset += 8 + length_at(data, offset)[0]
         self.skip(offset - self.offset if offset <= end else end + 1)
 
+    def strings(self, count: int) -> list[bytes]:
+        """Strings that were walked over before; tight for the same reason."""
+        data, offset, found = self.data, self.offset, []
+        length_at = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            start = offset + 8
+            offset = start + length_at(data, offset)[0]
+            found.append(data[start:offset])
+        return found
+
     def tensor(self) -> Tensor:
         name, n_dims = self.text(), self.scalar("<I")
+        if not 0 < len(name.encode()) < MAX_NAME_BYTES:
+            raise GGUFError(
+                f"{self.path}: a tensor name of {len(name)} characters; 1 to {MAX_NAME_BYTES - 1} bytes fit"
+            )
         if not 1 <= n_dims <= 4:
             raise GGUFError(f"{self.path}: tensor {name} has {n_dims} dimensions; 1 to 4 are possible")
         shape = tuple(self.scalar("<Q") for _ in range(n_dims))

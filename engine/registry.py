@@ -82,6 +82,14 @@ class Chat:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """llama.cpp's name for a kind of tokenizer, and for how it cuts text before merging."""
+
+    model: str
+    pre: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Repository:
     """A checkpoint on a hub: owner/name, and the branch, tag or commit that is taken."""
 
@@ -99,6 +107,7 @@ class Model:
     arch: str
     architectures: tuple[str, ...]
     sources: Mapping[str, Repository]
+    tokenizer: Tokenizer
     source_qtype: str
     qtype: str
     shape: Shape

@@ -12,11 +12,12 @@ from types import TracebackType
 from engine import fit, native
 from engine.chat import Message, prompt_ids
 from engine.errors import ContextError, MessageError
+from engine.gguf_check import check_file
 from engine.gguf_header import Header, read_header
 from engine.home import find_model_file
 from engine.host import memory, usable_cores
 from engine.registry import Model, Sampling
-from engine.vocab import Vocabulary, check_tokens, spec_of
+from engine.vocab import Vocabulary, spec_of
 
 DEFAULT_N_CTX = 2048  # a KV cache of at most 1.1 GB: what a machine of 8 GB has beside a model of 5
 
@@ -63,7 +64,7 @@ class Engine:
         spec = spec_of(header)
         n_ctx = _checked_n_ctx(header, n_ctx)
         fit.check(header, n_ctx, memory(), kv_qtype=kv_qtype, n_batch=native.BATCH_TOKENS)
-        check_tokens(header)
+        check_file(header, spec)
         threads = n_threads or usable_cores()
         model = native.Model(header.path, repack=repack)
         try:

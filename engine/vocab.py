@@ -14,6 +14,7 @@ import numpy as np
 
 from engine import native
 from engine.errors import GGUFError, MessageError
+from engine.gguf_check import check_file
 from engine.gguf_header import Array, Header, read_header
 from engine.registry import Model, models
 from engine.text import TextDecoder
@@ -142,18 +143,8 @@ def open_vocabulary(path: Path) -> tuple[Model, Vocabulary]:
     """The registry's model and the vocabulary of a file, its weights left alone."""
     header = read_header(path)
     spec = spec_of(header)
-    check_tokens(header)
+    check_file(header, spec)
     return spec, Vocabulary(native.Model(path, vocab_only=True), header, spec)
-
-
-def check_tokens(header: Header) -> None:
-    """GGUFError for a vocabulary that llama.cpp would abort on: it asserts where Python can say what is wrong."""
-    tokens = header.strings("tokenizer.ggml.tokens")
-    if len(set(tokens)) != len(tokens):
-        n_twice = len(tokens) - len(set(tokens))
-        raise GGUFError(
-            f"{header.path}: {n_twice} of its {len(tokens)} tokens occur twice: convert or download it again"
-        )
 
 
 def _token_types(header: Header, n_vocab: int) -> np.ndarray:
