@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bench.probe import memory_split
+from engine.gguf_check import check_file
 from engine.gguf_header import read_header
 from engine.registry import Sampling
 
@@ -66,9 +67,11 @@ def percentile_ms(times_s: Sequence[float], percent: float) -> float:
 def opened(case: Case) -> Iterator[tuple[Model, Context]]:
     """The file, ready to take a prompt, by the steps that the engine takes."""
     from engine import native
+    from engine.vocab import spec_of
 
     path = Path(case.path)
-    read_header(path)
+    header = read_header(path)
+    check_file(header, spec_of(header))
     with native.Model(path) as model:
         context = native.Context(model, case.n_ctx, n_threads=case.n_threads)
         try:
