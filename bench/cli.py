@@ -18,7 +18,7 @@ from bench.machine import read_card
 from bench.probe import read_bandwidth
 from bench.subject import Pair, pair_of_model, pairs_of_files
 from engine.errors import NotFound
-from engine.registry import models
+from engine.registry import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +64,7 @@ def bench(
 
 def _pairs(targets: Sequence[str], qtype: str | None, n_layer: int | None) -> list[Pair]:
     """Keys of models.toml and files, in that order; NotFound for what is neither."""
-    known = models()
+    known = checkpoints()
     specs = [known[target] for target in targets if target in known] if targets else list(known.values())
     paths = [Path(target) for target in targets if target not in known]
     for path in paths:

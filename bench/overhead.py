@@ -21,10 +21,10 @@ from pathlib import Path
 
 from convert.replica import write_replica
 from engine import native
+from engine.engine import Engine
 from engine.errors import FourbitError, NativeError
 from engine.host import usable_cores
 from engine.registry import Sampling, model
-from engine.session import Engine
 
 REPLICA, N_LAYER = "chatglm3-6b", 2
 N_CTX, N_WARMUP, N_TOKENS, MAX_TOKENS = 512, 8, 200, 256

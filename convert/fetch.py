@@ -83,6 +83,8 @@ def fetch(
     weights=False leaves the weight files on the hub: they are recorded, not fetched.
     Raises FetchError, DoesNotFit or OutputError; what has come stays for the next run.
     """
+    if not spec.sources:
+        raise FetchError(f"{spec.title} has no checkpoint to fetch: its file comes ready-made")
     with _writing(folder), _locked(folder):
         mirrors = Mirrors(spec, sources)
         records = _planned(spec, folder, mirrors)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from convert.manifest import is_complete, read_manifest
 from convert.output_file import settle
+from engine.errors import NotFound
 from engine.home import checkpoint_folder, model_file
-from engine.registry import Model, model, models
+from engine.registry import Model, checkpoints, model
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +32,16 @@ def jobs_in_home(keys: Sequence[str], ftype: str, overwrite: bool) -> list[Job]:
     Nobody who has fetched one checkpoint wants 30 GB more unasked. RegistryError for an unknown key.
     """
     if keys:
-        return [_job(model(key), ftype, overwrite) for key in keys]
-    at_hand = [spec for spec in models().values() if _is_at_hand(spec, ftype)]
-    return [_job(spec, ftype, overwrite) for spec in at_hand or models().values()]
+        return [_job(_convertible(key), ftype, overwrite) for key in keys]
+    at_hand = [spec for spec in checkpoints().values() if _is_at_hand(spec, ftype)]
+    return [_job(spec, ftype, overwrite) for spec in at_hand or checkpoints().values()]
+
+
+def _convertible(key: str) -> Model:
+    spec = model(key)
+    if not spec.sources:
+        raise NotFound(f"{spec.title} has no checkpoint to convert: its file comes ready-made")
+    return spec
 
 
 def _is_at_hand(spec: Model, ftype: str) -> bool:

@@ -12,7 +12,6 @@ Source: https://huggingface.co/docs/safetensors/index#format
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -91,10 +90,22 @@ def _tensor(shard: Shard, name: str, entry: Any, data_offset: int) -> SourceTens
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise ValueError(f"tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
     offsets = _naturals(name, entry["data_offsets"])
-    n_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    n_bytes = _size(name, shape, DTYPE_BYTES[dtype])
     if len(offsets) != 2 or offsets[1] - offsets[0] != n_bytes:
         raise ValueError(f"tensor {name!r} of {dtype} {list(shape)} cannot lie at {list(offsets)}")
     return SourceTensor(name, dtype, shape, shard, data_offset + offsets[0], n_bytes)
+
+
+def _size(name: str, shape: tuple[int, ...], width: int) -> int:
+    """Bytes of a tensor; a product beyond 64 bits of bits on the way is refused, even if a 0 follows."""
+    product = 1
+    for number in shape:
+        product *= number
+        if product >= 1 << 64:
+            break
+    if 8 * product * width >= 1 << 64:
+        raise ValueError(f"tensor {name!r} of shape {list(shape)} is larger than any file")
+    return product * width
 
 
 def _naturals(name: str, values: Any) -> tuple[int, ...]:

@@ -15,13 +15,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.engine import Engine, Reply
     from engine.errors import FourbitError
     from engine.registry import models
-    from engine.session import Engine, Reply
+    from engine.session import Session
 
-__all__ = ["Engine", "FourbitError", "Reply", "models"]
+__all__ = ["Engine", "FourbitError", "Reply", "Session", "models"]
 
-_HOMES = {"Engine": "session", "Reply": "session", "FourbitError": "errors", "models": "registry"}
+_HOMES = {"Engine": "engine", "Reply": "engine", "Session": "session", "FourbitError": "errors", "models": "registry"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ that a message contains can become a control token.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from engine.errors import MessageError
 from engine.registry import CONTENT, Chat, Part
@@ -15,19 +16,48 @@ from engine.vocab import Vocabulary
 Message = Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A conversation as ids: what stays at the front, whole turns from each user message on, what asks for a reply."""
+
+    head: list[int]
+    turns: list[list[int]]
+    tail: list[int]
+
+
 def prompt_ids(chat: Chat, messages: Sequence[Message], vocabulary: Vocabulary) -> list[int]:
-    """The ids that make the model answer the last message.
+    """The ids that make the model answer the last message, nothing left out.
 
     A model with a default system prompt gets it where the messages bring none. MessageError says
     which message is wrong and why.
     """
+    encoded = encode_turns(chat, messages, vocabulary)
+    return encoded.head + [id for turn in encoded.turns for id in turn] + encoded.tail
+
+
+def system_ids(chat: Chat, system: str | None, vocabulary: Vocabulary) -> list[int]:
+    """The ids that every prompt with this system message begins with; none asked for is the model's own."""
+    content = chat.default_system if system is None else system
+    ids = _encode(chat.begin, "", vocabulary)
+    return ids if content is None else ids + _encode(chat.turns["system"], content, vocabulary)
+
+
+def encode_turns(chat: Chat, messages: Sequence[Message], vocabulary: Vocabulary) -> Encoded:
+    """The same in its parts; MessageError as prompt_ids()."""
     turns = _checked(chat, messages)
     if chat.default_system is not None and turns[0][0] != "system":
         turns.insert(0, ("system", chat.default_system))
-    ids = _encode(chat.begin, "", vocabulary)
-    for role, content in turns:
-        ids += _encode(chat.turns[role], content, vocabulary)
-    return ids + _encode(chat.reply, "", vocabulary)
+    head = _encode(chat.begin, "", vocabulary)
+    groups: list[list[int]] = []
+    for number, (role, content) in enumerate(turns):
+        ids = _encode(chat.turns[role], content, vocabulary)
+        if number == 0 and role == "system":
+            head += ids
+        elif role == "user" or not groups:
+            groups.append(ids)
+        else:
+            groups[-1] += ids
+    return Encoded(head, groups, _encode(chat.reply, "", vocabulary))
 
 
 def _encode(parts: Iterable[Part], content: str, vocabulary: Vocabulary) -> list[int]:

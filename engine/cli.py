@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +21,16 @@ import click
 from engine.errors import ContextError, FourbitError, MessageError
 from engine.home import checkpoint_folder, find_model_file, home, quantized_files
 from engine.registry import Sampling, model, models
+from engine.settings import KV_QTYPES
 
 if TYPE_CHECKING:
-    from engine.session import Engine, Reply
+    from engine.engine import Engine, Reply
+    from engine.session import Session
 
 VERBS = "fourbit.verbs"  # the group of entry points in pyproject.toml
+DEMO = "smollm2-135m"  # what `fourbit chat` talks to when nothing else was named: real, small, and comes with pip
+CHAT_HELP = "Ctrl-C stops a reply, /new starts anew, /again asks again, Ctrl-D ends"
+OVERFLOW_POLICIES = ("error", "drop-oldest-turns")  # engine/overflow.py, which loads llama.cpp
 Message = dict[str, str]
 
 
@@ -50,6 +57,7 @@ def fourbit(debug: bool) -> None:
 def main() -> None:
     """Run the command line: exit 1 with one sentence for our errors, 2 for usage, 130 for Ctrl-C."""
     signal.signal(signal.SIGTERM, _exit_on)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
     try:
         code = fourbit.main(arguments, prog_name="fourbit", standalone_mode=False)
@@ -66,6 +74,10 @@ def main() -> None:
     except Exception as error:
         _fail(f"a fault in fourbit ({type(error).__name__}: {error}); --debug shows where", error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    click.echo(f"fourbit: warning: {message}", err=True)
 
 
 def _fail(sentence: str, error: Exception) -> None:
@@ -102,6 +114,8 @@ def models_verb(folder: str | None, as_json: bool) -> None:
 def _model_row(key: str) -> dict[str, Any]:
     spec = model(key)
     folder = checkpoint_folder(spec)
+    if spec.package:
+        return {"key": key, "title": spec.title, "checkpoint": f"ready-made, package {spec.package.name}", "files": []}
     return {
         "key": key,
         "title": spec.title,
@@ -115,7 +129,10 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Draw the same reply again."),
         click.option("--temperature", type=click.FloatRange(0, 10), help="0 takes the likeliest id each time."),
         click.option("--max-tokens", type=click.IntRange(1), help="End a reply after so many tokens."),
-        click.option("--threads", "n_threads", type=click.IntRange(1, 512), help="One a usable core by default."),
+        click.option("--lookup/--no-lookup", default=False, help="Draft from repeated text: the same reply, sooner."),
+        click.option("--cache-prefix", is_flag=True, help="Keep the system prompt's state on disk for the next start."),
+        click.option("--kv", "kv_qtype", type=click.Choice(KV_QTYPES), help="Type of the KV cache; Q8_0 takes half."),
+        click.option("--threads", "n_threads", type=click.IntRange(1, 512), help="As tuned, or one a usable core."),
         click.option("--ctx", "n_ctx", type=click.IntRange(1), help="Tokens of context; 2048 by default."),
     ):
         command = option(command)
@@ -130,41 +147,64 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_engine_options
 def ask(target: str, text: str, system: str | None, as_json: bool, **options: Any) -> None:
     """Ask one question; the reply streams to stdout."""
-    with _opened(target, options) as (engine, arguments):
-        reply = engine.chat(_messages(system, text), **arguments)
-        whole, last = _stream(engine, reply, is_shown=not as_json)
+    with _opened(target, system, options) as (engine, arguments):
+        whole, last = _stream(engine, engine.chat(_messages(system, text), **arguments), is_shown=not as_json)
     if as_json:
         figures = {name: value for name, value in dataclasses.asdict(last).items() if name not in ("id", "text")}
         click.echo(json.dumps({"reply": whole, **figures}, ensure_ascii=False))
 
 
 @click.command()
-@click.argument("target", metavar="MODEL|FILE")
+@click.argument("target", metavar="MODEL|FILE", default=DEMO)
 @click.option("--system", help="A system prompt.")
+@click.option("--resume", is_flag=True, help="Go on with the last chat of this model, and keep this one on exit.")
+@click.option(
+    "--overflow",
+    type=click.Choice(OVERFLOW_POLICIES),
+    default="drop-oldest-turns",
+    show_default=True,
+    help="What happens when the context is full.",
+)
 @_engine_options
-def chat(target: str, system: str | None, **options: Any) -> None:
+def chat(target: str, system: str | None, resume: bool, overflow: str, **options: Any) -> None:
     """Talk, turn by turn: Ctrl-C stops a reply, /new forgets the conversation, Ctrl-D ends."""
+    from engine.session import Session
+
     _edit_lines()
-    with _opened(target, options) as (engine, arguments):
-        click.echo(f"{engine.spec.title}: Ctrl-C stops a reply, /new starts anew, Ctrl-D ends", err=True)
-        messages = _messages(system)
+    with _opened(target, system, options) as (engine, arguments):
+        session = Session(engine, system=system, overflow=overflow)
+        click.echo(f"{engine.spec.title}: {CHAT_HELP}", err=True)
+        if resume:
+            _resume(session)
         while (line := _next_line()) is not None:
             if line == "/new":
-                messages = _messages(system)
+                session.clear()
+            elif line == "/again":
+                _take_turn(session, session.regenerate, arguments)
             elif line:
-                messages = _take_turn(engine, messages, line, arguments)
+                _take_turn(session, functools.partial(session.send, line), arguments)
+        if resume:
+            session.save()
 
 
-def _take_turn(engine: Engine, messages: list[Message], line: str, arguments: dict[str, Any]) -> list[Message]:
-    """The conversation after one more turn; unchanged when the turn could not begin."""
-    asked = [*messages, {"role": "user", "content": line}]
+def _resume(session: Session) -> None:
+    n_messages = session.resume()
+    if n_messages:
+        click.echo(f"[going on with {n_messages} messages, {len(session.engine.cache.ids)} tokens from disk]", err=True)
+
+
+def _take_turn(session: Session, begin: Callable[..., Iterator[Reply]], arguments: dict[str, Any]) -> None:
+    """One more turn of the conversation; nothing changes when it cannot begin."""
     try:
-        reply = engine.chat(asked, **arguments)
+        reply = begin(**arguments)
     except (ContextError, MessageError) as error:
         click.echo(f"fourbit: {error} (/new starts anew)", err=True)
-        return messages
-    whole, _ = _stream(engine, reply, may_stop=True)
-    return [*asked, {"role": "assistant", "content": whole}]
+        return
+    _, last = _stream(session.engine, reply, may_stop=True)
+    if last and last.n_dropped:
+        click.echo(f"[{last.n_dropped} oldest turns left out: the context has {session.engine.n_ctx} tokens]", err=True)
+    if last and last.finish == "context":
+        click.echo(f"[the context of {session.engine.n_ctx} tokens is full: the reply ends here]", err=True)
 
 
 def _stream(
@@ -172,7 +212,7 @@ def _stream(
 ) -> tuple[str, Reply]:
     """Show a reply as it comes; the whole of it as it belongs into the history, and the last record.
 
-    may_stop: Ctrl-C and a full context end the reply, said on stderr, instead of the program.
+    may_stop: Ctrl-C ends the reply, said on stderr, instead of the program.
     """
     parts: list[str] = []
     record: Reply | None = None
@@ -182,10 +222,11 @@ def _stream(
             parts.append(new)
             if is_shown:
                 click.echo(new, nl=False)
-    except (KeyboardInterrupt, ContextError) as stop:
+    except KeyboardInterrupt:
         if not may_stop:
             raise
-        click.echo(f"\n[{stop or 'stopped'}]", err=True, nl=False)
+        reply.close()  # type: ignore[attr-defined]
+        click.echo("\n[stopped]", err=True, nl=False)
     if is_shown:
         click.echo()
     return engine.shown("".join(parts)), record  # type: ignore[return-value]
@@ -212,15 +253,18 @@ def tokens(target: str, file: Any) -> None:
 
 
 @contextmanager
-def _opened(target: str, options: dict[str, Any]) -> Iterator[tuple[Engine, dict[str, Any]]]:
+def _opened(target: str, system: str | None, options: dict[str, Any]) -> Iterator[tuple[Engine, dict[str, Any]]]:
     """The engine, and the arguments that its chat() takes."""
-    from engine.session import Engine
+    from engine.engine import Engine
 
-    with Engine.open(target, n_ctx=options["n_ctx"], n_threads=options["n_threads"]) as engine:
+    settings = {name: options[name] for name in ("n_ctx", "n_threads", "kv_qtype")}
+    with Engine.open(target, **settings) as engine:
+        if options["cache_prefix"]:
+            engine.cache_prefix(system)
         sampling: Sampling = engine.spec.sampling
         if options["temperature"] is not None:
             sampling = dataclasses.replace(sampling, temperature=options["temperature"])
-        yield engine, {"sampling": sampling, "max_tokens": options["max_tokens"], "seed": options["seed"]}
+        yield engine, {"sampling": sampling, **{name: options[name] for name in ("max_tokens", "seed", "lookup")}}
 
 
 def _messages(system: str | None, *user: str) -> list[Message]:

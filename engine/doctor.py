@@ -13,7 +13,7 @@ from engine.errors import NativeError
 from engine.fit import estimate
 from engine.home import checkpoint_folder, home, quantized_files
 from engine.host import cpu_flags, cpu_name, disk_free_bytes, memory, physical_cores, usable_cores
-from engine.registry import models
+from engine.registry import checkpoints
 
 # llama.cpp's name of a feature -> the kernel's flag of a CPU that has it
 FEATURE_FLAGS = {
@@ -105,7 +105,7 @@ def _memory() -> Iterator[Finding]:
     limit = "" if now.limit_bytes is None else " (this process's limit)"
     free, total = now.available_bytes / 1e9, now.total_bytes / 1e9
     yield Finding("memory", f"{free:.1f} of {total:.1f} GB free{limit}")
-    for spec in models().values():
+    for spec in checkpoints().values():
         n_weights = spec.shape.n_layer * spec.shape.n_embd * (4 * spec.shape.n_embd + 3 * spec.shape.n_ff)
         weight_bytes = int((n_weights + 2 * spec.shape.n_vocab * spec.shape.n_embd) * SMALLEST_BITS_PER_WEIGHT / 8)
         needed = estimate(spec.shape, weight_bytes, N_CTX, now).needed_bytes
@@ -117,12 +117,12 @@ def _memory() -> Iterator[Finding]:
 def _disk() -> Iterator[Finding]:
     free = disk_free_bytes(home())
     text = f"{free / 1e9:.1f} GB free in the models folder {home()}"
-    is_short = free < DISK_BYTES and not any(quantized_files(spec) for spec in models().values())
+    is_short = free < DISK_BYTES and not any(quantized_files(spec) for spec in checkpoints().values())
     yield Finding("disk", text, "make room, or set FOURBIT_HOME to a larger disk" if is_short else None)
 
 
 def _models() -> Iterator[Finding]:
-    for spec in models().values():
+    for spec in checkpoints().values():
         files = [path.name for path in quantized_files(spec)]
         is_downloaded = (checkpoint_folder(spec) / "config.json").is_file()
         state = "downloaded" if is_downloaded else "not downloaded"

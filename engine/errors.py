@@ -12,6 +12,7 @@ FourbitError                 exit code 1, one sentence: what, the number seen, t
 ├── DoesNotFit               more memory or disk is needed than there is
 ├── MessageError             messages that no prompt can be built from
 ├── ContextError             the prompt, or prompt and reply, exceed the context
+├── StateError               a saved state is not one, or not of this model
 └── NativeError              llama.cpp is missing, of another version, or failed
 
 try:
@@ -69,6 +70,10 @@ class MessageError(FourbitError):
 
 class ContextError(FourbitError):
     """The prompt, or the prompt and its reply, exceed the context."""
+
+
+class StateError(FourbitError):
+    """A saved state is damaged, or of another model, build or setting."""
 
 
 class NativeError(FourbitError):

@@ -14,6 +14,7 @@ from engine.errors import DoesNotFit, GGUFError
 from engine.gguf_header import Header
 from engine.host import Memory
 from engine.registry import Shape
+from engine.settings import Settings, defaults
 
 BASE_BYTES = 120_000_000  # Python, numpy and the libraries, measured
 KV_BLOCKS = {"F16": (1, 2), "Q8_0": (32, 34)}  # values and bytes of a block
@@ -36,6 +37,11 @@ class Sizes:
     def head_dim(self) -> int:
         return self.n_embd // self.n_head
 
+    @classmethod
+    def of_shape(cls, shape: Shape) -> Sizes:
+        """The sizes of a model that has no file yet."""
+        return cls(**{field: getattr(shape, field) for field in cls.__dataclass_fields__})
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:
@@ -45,12 +51,23 @@ class Fit:
     weight_bytes: int
     kv_bytes: int
     compute_bytes: int
+    base_bytes: int
     available_bytes: int
     largest_n_ctx: int
 
     @property
     def needed_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.compute_bytes + BASE_BYTES
+        return self.weight_bytes + self.kv_bytes + self.compute_bytes + self.base_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.available_bytes
+
+    def remedy(self) -> str:
+        """What to do where it does not fit."""
+        if self.largest_n_ctx:
+            return f"a context of {self.largest_n_ctx} would fit (--ctx {self.largest_n_ctx})"
+        return "close other programs or use a smaller type"
 
 
 def sizes_of(header: Header) -> Sizes:
@@ -81,10 +98,11 @@ def compute_bytes(sizes: Sizes | Shape, n_ctx: int, n_batch: int) -> int:
     return 4 * n_batch * (activations + n_ctx + sizes.n_vocab)
 
 
-def fit(header: Header, n_ctx: int, memory: Memory, *, kv_qtype: str = "F16", n_batch: int = 128) -> Fit:
+def fit(header: Header, n_ctx: int, memory: Memory, settings: Settings | None = None) -> Fit:
     """What running this file at n_ctx takes of this memory."""
     weight_bytes = header.file_bytes - header.data_offset
-    return estimate(sizes_of(header), weight_bytes, n_ctx, memory, kv_qtype=kv_qtype, n_batch=n_batch)
+    found = settings or defaults()
+    return estimate(sizes_of(header), weight_bytes, n_ctx, memory, kv_qtype=found.kv_qtype, n_batch=found.n_batch)
 
 
 def estimate(
@@ -99,25 +117,21 @@ def estimate(
         weight_bytes=weight_bytes,
         kv_bytes=kv_bytes(sizes, n_ctx, kv_qtype),
         compute_bytes=compute_bytes(sizes, n_ctx, n_batch),
+        base_bytes=BASE_BYTES,
         available_bytes=memory.available_bytes,
         largest_n_ctx=largest,
     )
 
 
-def check(header: Header, n_ctx: int, memory: Memory, *, kv_qtype: str = "F16", n_batch: int = 128) -> Fit:
+def check(header: Header, n_ctx: int, memory: Memory, settings: Settings | None = None) -> Fit:
     """The fit, or DoesNotFit with what is needed, what there is, and the largest context that would do."""
-    found = fit(header, n_ctx, memory, kv_qtype=kv_qtype, n_batch=n_batch)
-    if found.needed_bytes <= found.available_bytes:
+    found = fit(header, n_ctx, memory, settings)
+    if found.fits:
         return found
-    remedy = (
-        f"a context of {found.largest_n_ctx} would fit (--ctx {found.largest_n_ctx})"
-        if found.largest_n_ctx
-        else "close other programs or use a smaller type"
-    )
     raise DoesNotFit(
         f"{header.path.name} at {n_ctx} tokens of context needs {found.needed_bytes / 1e9:.2f} GB of memory "
         f"({found.weight_bytes / 1e9:.2f} weights, {found.kv_bytes / 1e9:.2f} KV cache), "
-        f"{found.available_bytes / 1e9:.2f} GB are free: {remedy}"
+        f"{found.available_bytes / 1e9:.2f} GB are free: {found.remedy()}"
     )
 
 

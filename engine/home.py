@@ -7,13 +7,14 @@ $FOURBIT_HOME/                       default: the user's cache directory
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
 import platformdirs
 
 from engine.errors import NotFound
-from engine.registry import Model, model, models
+from engine.registry import Model, Package, model, models
 
 
 def home() -> Path:
@@ -45,9 +46,21 @@ def find_model_file(path_or_model: str | Path, qtype: str | None = None) -> Path
         path = model_file(spec, qtype or spec.qtype)
         if path.is_file():
             return path
+        if spec.package:
+            return _packaged(spec, spec.package)
         raise NotFound(f"{spec.title} is not quantized yet: no {path}; make it with: fourbit quantize {name}")
     path = Path(path_or_model)
     if path.is_file():
         return path
     known = ", ".join(models())
     raise NotFound(f"{name!r} is neither a file nor a model; the models are {known}")
+
+
+def _packaged(spec: Model, package: Package) -> Path:
+    """The file that an installed package brings; nothing of the package is imported."""
+    found = importlib.util.find_spec(package.module)
+    for place in (found.submodule_search_locations or ()) if found else ():
+        path = Path(place) / package.file
+        if path.is_file():
+            return path
+    raise NotFound(f"{spec.title} comes with the package {package.name}: make demo, or pip install {package.name}")

@@ -26,12 +26,13 @@ import numpy as np
 
 from engine.errors import ContextError, NativeError
 from engine.registry import Sampling
+from engine.settings import N_BATCH
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when the library loads
 
 PINNED = "0.3.36"  # of llama-cpp-python, as in pyproject.toml
 KV_QTYPES = {"F16": 1, "Q8_0": 8}  # ggml's numbers
-BATCH_TOKENS = 128  # a Ctrl-C takes effect between batches, and compute buffers grow with them
+FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}  # llama_flash_attn_type
 ERROR_LEVEL, CONTINUED = 4, 5  # ggml_log_level
 NEEDED_FUNCTIONS = (
     "llama_model_load_from_file",
@@ -45,6 +46,10 @@ NEEDED_FUNCTIONS = (
     "llama_get_logits_ith",
     "llama_get_memory",
     "llama_memory_seq_rm",
+    "llama_state_seq_get_size",
+    "llama_state_seq_get_data",
+    "llama_state_seq_set_data",
+    "llama_set_n_threads",
     "llama_tokenize",
     "llama_token_to_piece",
     "llama_vocab_n_tokens",
@@ -188,7 +193,7 @@ class Model(_Handle):
 
 
 class Context(_Handle):
-    """A KV cache of n_ctx tokens and its compute buffers; kv_qtype is F16 or Q8_0."""
+    """A KV cache of n_ctx tokens and its compute buffers; options as in engine/settings.py."""
 
     def __init__(
         self,
@@ -197,13 +202,14 @@ class Context(_Handle):
         *,
         n_threads: int,
         n_threads_batch: int | None = None,
-        n_batch: int = BATCH_TOKENS,
+        n_batch: int = N_BATCH,
         kv_qtype: str = "F16",
+        flash_attention: str = "auto",
     ) -> None:
         params = _lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_batch, 1
         params.n_threads, params.n_threads_batch = n_threads, n_threads_batch or n_threads
-        params.flash_attn_type = _lib.LLAMA_FLASH_ATTN_TYPE_AUTO
+        params.flash_attn_type = FLASH_ATTENTION[flash_attention]
         params.type_k = params.type_v = KV_QTYPES[kv_qtype]
         params.no_perf = True
         _last_errors.clear()
@@ -241,19 +247,40 @@ class Context(_Handle):
         """The logits of the last id evaluated: (n_vocab,) float32, a view that the next decode overwrites."""
         if not self._n_outputs:
             raise ValueError("the last call kept no logits")
-        return self._row(-1)
+        return self.row(-1)
 
     def logits_all(self) -> np.ndarray:
         """The logits of each id of the last decode(logits="all"): (n_ids, n_vocab) float32, a copy."""
-        return np.stack([self._row(i) for i in range(self._n_outputs)])
+        return np.stack([self.row(i) for i in range(self._n_outputs)])
 
-    def _row(self, index: int) -> np.ndarray:
+    def row(self, index: int) -> np.ndarray:
+        """The logits of one row of the last decode, -1 for the last: a view that the next decode overwrites."""
         row = _lib.llama_get_logits_ith(self.pointer, index)
         return np.ctypeslib.as_array(row, shape=(self.model.n_vocab,))
 
     def truncate(self, position: int) -> None:
         """Forget everything from a position on."""
         _lib.llama_memory_seq_rm(_lib.llama_get_memory(self.pointer), 0, position, -1)
+
+    def save_state(self) -> bytes:
+        """The keys and values of everything evaluated, as llama.cpp writes them."""
+        n_bytes = int(_lib.llama_state_seq_get_size(self.pointer, 0))
+        buffer = (ctypes.c_uint8 * n_bytes)()
+        written = int(_lib.llama_state_seq_get_data(self.pointer, buffer, n_bytes, 0))
+        if written != n_bytes:
+            raise _failure(f"saving the state wrote {written} of {n_bytes} bytes")
+        return bytes(buffer)
+
+    def load_state(self, data: bytes) -> None:
+        """Take up a state that save_state() gave, and nothing else; NativeError when llama.cpp refuses it."""
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        if int(_lib.llama_state_seq_set_data(self.pointer, buffer, len(data), 0)) == 0:
+            self.truncate(0)
+            raise _failure(f"a state of {len(data)} bytes cannot be taken up")
+
+    def set_threads(self, n_threads: int, n_threads_batch: int) -> None:
+        """How many threads evaluate one id, and how many a batch, from now on."""
+        _lib.llama_set_n_threads(self.pointer, n_threads, n_threads_batch)
 
 
 class _Batch:
@@ -306,11 +333,11 @@ class Sampler(_Handle):
         for id in ids:
             _lib.llama_sampler_accept(self.pointer, id)
 
-    def sample(self) -> int:
-        """Draw the next id from the last logits; it counts for the penalty from now on."""
+    def sample(self, row: int = -1) -> int:
+        """Draw an id from the last logits, or from those of a row of them; it counts for the penalty from now on."""
         if self._is_argmax:
-            return int(self._context.logits().argmax())
-        return int(_lib.llama_sampler_sample(self.pointer, self._context.pointer, -1))
+            return int(self._context.row(row).argmax())
+        return int(_lib.llama_sampler_sample(self.pointer, self._context.pointer, row))
 
 
 def _links(context: Context, sampling: Sampling, seed: int) -> list[Any]:

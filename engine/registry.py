@@ -79,6 +79,7 @@ class Chat:
     normalize: str | None = None
     default_system: str | None = None
     strip_reply: bool = False
+    window: int | None = None  # tokens of system and history that the authors keep below
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,15 @@ class Tokenizer:
 
     model: str
     pre: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A Python package that brings a model's GGUF file."""
+
+    name: str
+    module: str
+    file: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,7 @@ class Model:
     chat: Chat
     controls: Mapping[str, int]
     pad_ff: bool = False
+    package: Package | None = None
     sha256: Mapping[str, str] = dataclasses.field(default_factory=lambda: types.MappingProxyType({}))
 
 
@@ -122,6 +133,11 @@ class Model:
 def models() -> Mapping[str, Model]:
     """Every model of the models.toml that ships with fourbit, by key, in its order."""
     return load(_registry_path())
+
+
+def checkpoints() -> Mapping[str, Model]:
+    """The models that are converted from a checkpoint, by key."""
+    return {key: spec for key, spec in models().items() if spec.sources}
 
 
 def model(key: str) -> Model:
@@ -182,6 +198,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
     allowed = args or (hint,)
+    if (nested := next((kind for kind in allowed if dataclasses.is_dataclass(kind)), None)) and isinstance(value, dict):
+        return _build(typing.cast(type, nested), value, where)
     if float in allowed and type(value) is int:
         return float(value)
     if type(value) not in allowed:

@@ -1,4 +1,4 @@
-"""Whether the vocabulary of a file is one that llama.cpp can use: no two alike, every byte, every merge.
+"""Whether the vocabulary of a file is one that llama.cpp can use: no two alike, every byte of text, every merge.
 
 Source: llama.cpp, src/llama-vocab.cpp, which asserts or indexes without looking in each of these cases.
 """
@@ -41,7 +41,10 @@ def spelling() -> frozenset[str]:
     return frozenset(map(chr, printable)) | frozenset(chr(256 + i) for i in range(256 - len(printable)))
 
 
-NEVER_IN_UTF8 = frozenset(map(chr, (0xC0, 0xC1, *range(0xF5, 0x100))))  # these bytes spell themselves
+# Bytes that a trained vocabulary may lack: those of no UTF-8 text or of its unused planes, and control characters.
+# They spell themselves (above 0xA0) or with 256 added (below 0x21).
+MAY_LACK = frozenset(map(chr, (0xC0, 0xC1, *range(0xF1, 0xF4), *range(0xF5, 0x100))))
+MAY_LACK |= frozenset(chr(256 + byte) for byte in range(0x20) if byte not in b"\t\n\r")
 
 
 def check_vocabulary(header: Header, spec: Model, n_vocab: int) -> None:
@@ -103,7 +106,7 @@ def _check_tokens(header: Header, tokens: Sequence[bytes]) -> None:
 def _check_bpe(header: Header, tokens: Sequence[bytes], types: np.ndarray) -> None:
     """Every byte has a token, ordinary tokens are spelled in bytes, each merge makes a token."""
     alphabet, known = spelling(), set(tokens)
-    missing = [character for character in alphabet - NEVER_IN_UTF8 if character.encode("utf-8") not in known]
+    missing = [character for character in alphabet - MAY_LACK if character.encode("utf-8") not in known]
     if missing:
         raise _error(header, f"{len(missing)} bytes have no token")
     ordinary = [tokens[i] for i in np.flatnonzero(types == NORMAL).tolist()]

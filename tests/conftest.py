@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from convert.quantize import quantize
+from engine.errors import NotFound
+from engine.home import find_model_file
 from tests.checkpoints import make_checkpoint
 from tests.shared import SHARED
 
@@ -36,3 +38,12 @@ def fourbit_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty models folder of the test's own."""
     monkeypatch.setenv("FOURBIT_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """A small model with real weights, which comes as a Python package (make demo)."""
+    try:
+        return find_model_file("smollm2-135m")
+    except NotFound as error:
+        pytest.skip(str(error))

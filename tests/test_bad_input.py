@@ -221,7 +221,7 @@ def test_out_of_memory_is_foreseen(tmp_path, monkeypatch):
     """The real shape of Qwen at its full context, on a machine that has 2 GB free."""
     path = write_replica(model("qwen-7b-chat"), "Q4_0", tmp_path / "replica.bin", n_layer=1).path
     code = (
-        "import engine.session as session; from engine.host import Memory; "
+        "import engine.engine as session; from engine.host import Memory; "
         "session.memory = lambda: Memory(8 << 30, 500_000_000, None); import sys; "
         f"sys.argv = ['fourbit', 'ask', {str(path)!r}, 'hi', '--ctx', '8192']; from engine.cli import main; main()"
     )

@@ -8,9 +8,9 @@ from convert.jobs import jobs_in_home
 from convert.manifest import Record, write_manifest
 from engine.errors import RegistryError
 from engine.home import checkpoint_folder, model_file
-from engine.registry import models
+from engine.registry import checkpoints, models
 
-KEYS = list(models())
+KEYS = list(checkpoints())
 
 
 def keys_of(jobs):

@@ -60,11 +60,11 @@ def test_stops_on_a_stop_id_and_shows_nothing_of_it(engine):
     class Scripted:
         """Draws what the test wants."""
 
-        def sample(self):
+        def sample(self, row=-1):
             return next(ids)
 
-    steps = engine._steps(Scripted(), 4, engine._turn)
-    assert [next(steps), next(steps)] == [300, stop]
+    steps = engine._steps(Scripted(), engine._turn)
+    assert [next(steps)[0], next(steps)[0]] == [300, stop]
     assert engine.vocabulary.piece(stop) == b""
 
 
@@ -76,16 +76,13 @@ def test_prompt_that_is_too_long_names_both_numbers(engine):
     assert "256" in str(error.value)
 
 
-def test_full_context_gives_all_it_has_and_then_both_numbers(engine):
+def test_full_context_gives_all_it_has_and_says_so(engine):
     engine.vocabulary.stop_ids = frozenset()
-    records, n_prompt = [], len(engine.prompt_ids(HELLO))
-    reply = engine.chat(HELLO, sampling=GREEDY)
-    with pytest.raises(ContextError, match=rf"256 tokens is full: {n_prompt} of the prompt, {257 - n_prompt} of"):
-        for _ in iter(lambda: records.append(next(reply)), "never"):
-            pass
-    ids = [record.id for record in records[: 257 - n_prompt]]
-    assert records[-1].n_reply == len(ids) == 257 - n_prompt
-    assert "".join(record.text for record in records) == engine.vocabulary.decode(ids)
+    n_prompt = len(engine.prompt_ids(HELLO))
+    records = list(engine.chat(HELLO, sampling=GREEDY))
+    assert records[-1].finish == "context"
+    assert records[-1].n_reply == len(records) == 257 - n_prompt
+    assert "".join(record.text for record in records) == engine.vocabulary.decode([record.id for record in records])
 
 
 def test_a_reply_may_be_left_and_the_next_is_unharmed(engine):
@@ -102,9 +99,12 @@ def test_ask_equals_the_shown_chat(engine):
     assert engine.ask("hello 你好", sampling=GREEDY, max_tokens=20) == engine.shown(text)
 
 
-def test_context_beyond_the_trained_length_is_refused(converted):
-    with pytest.raises(ContextError, match=r"513 tokens.*512"):
-        Engine.open(converted("qwen"), n_ctx=513)
+def test_context_beyond_the_trained_length_warns_with_both_numbers(converted):
+    with pytest.warns(UserWarning, match=r"513 tokens.*512"):
+        engine = Engine.open(converted("qwen"), n_ctx=513, n_threads=1)
+    engine.close()
+    with pytest.raises(ContextError, match="at least 1"):
+        Engine.open(converted("qwen"), n_ctx=0)
 
 
 def test_closed_engine_says_so(converted):

@@ -17,10 +17,10 @@ from bench.worker import run_case
 from convert.quantize import quantize
 from convert.replica import write_replica
 from engine import native
+from engine.engine import Engine
 from engine.gguf_header import read_header
 from engine.host import usable_cores
 from engine.registry import model
-from engine.session import Engine
 from engine.vocab import open_vocabulary
 from tests.checkpoints import make_checkpoint, shape_of
 
