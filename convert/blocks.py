@@ -20,6 +20,7 @@ from engine.errors import CheckpointError, NativeError
 
 PINNED = "0.3.36"  # of llama-cpp-python, as in pyproject.toml
 SIXTEEN_BIT_EXPONENT = {"F16": 0x7C00, "BF16": 0x7F80}  # all ones in it: not a finite number
+CHECKED_AT_ONCE = 1 << 16  # values: what a cache holds, and no allocation that the kernel must clear
 SOURCE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 _LIBRARY_NAMES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
 _FLOAT_POINTER, _I64, _SIZE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
@@ -56,9 +57,13 @@ def first_non_finite(dtype: str, raw: np.ndarray) -> int | None:
     if dtype == "F32":
         finite = np.isfinite(raw.view(np.float32))
         return None if finite.all() else int(np.argmin(finite))
-    exponent = SIXTEEN_BIT_EXPONENT[dtype]
-    bad = (raw.view(np.uint16) & np.uint16(exponent)) == exponent
-    return int(np.argmax(bad)) if bad.any() else None
+    exponent = np.uint16(SIXTEEN_BIT_EXPONENT[dtype])
+    values = raw.view(np.uint16)
+    for start in range(0, values.size, CHECKED_AT_ONCE):
+        bad = (values[start : start + CHECKED_AT_ONCE] & exponent) == exponent
+        if bad.any():
+            return start + int(np.argmax(bad))
+    return None
 
 
 def widen(dtype: str, raw: np.ndarray, rows: np.ndarray) -> None:

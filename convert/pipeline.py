@@ -43,6 +43,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+Buffers = queue.SimpleQueue[np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Slab:
     item: Item
     span: Span
     raw: np.ndarray
+    buffer: np.ndarray  # what raw is a part of: goes back when the slab is done
 
 
 def run(
@@ -67,17 +69,18 @@ def run(
     it must have makes CheckpointError, and nothing finished so far is kept.
     """
     slabs: queue.Queue[Slab | None] = queue.Queue(maxsize=n_threads)
+    buffers = _buffers(items, 2 * n_threads + 1)
     failures: list[BaseException] = []
     scribe = _Scribe(output, failures)
     tally = _Tally(items, output, scribe, on_progress)
-    workers = [threading.Thread(target=_work, args=(slabs, output, tally, failures)) for _ in range(n_threads)]
+    workers = [threading.Thread(target=_work, args=(slabs, buffers, output, tally, failures)) for _ in range(n_threads)]
     for thread in (scribe, *workers):
         thread.start()
     hashes: list[str] = []
     try:
         for shard in shards:
             of_shard = [item for item in items if item.tensor.shard == shard]
-            for slab in _read_shard(shard, of_shard, output, tally, hashes):
+            for slab in _read_shard(shard, of_shard, buffers, output, tally, hashes):
                 if failures:
                     break
                 slabs.put(slab)
@@ -170,19 +173,36 @@ class _Scribe(threading.Thread):
                 self._failures.append(error)
 
 
-def _work(slabs: queue.Queue[Slab | None], output: OutputFile, tally: _Tally, failures: list[BaseException]) -> None:
+def _work(
+    slabs: queue.Queue[Slab | None],
+    buffers: Buffers,
+    output: OutputFile,
+    tally: _Tally,
+    failures: list[BaseException],
+) -> None:
     """Convert slabs until the end mark; after a failure anywhere, only empty the queue."""
     floats, blocks = np.empty(0, np.float32), np.empty(0, np.uint8)
     while (slab := slabs.get()) is not None:
-        if failures:
-            continue
         try:
+            if failures:
+                continue
             n_values = (slab.span.n_rows + slab.span.n_zero) * slab.item.slot.shape[0]
             if floats.size < n_values:
                 floats, blocks = np.empty(n_values, np.float32), np.empty(4 * n_values, np.uint8)
             tally.add(slab, _convert(slab, floats, blocks, output))
         except BaseException as error:
             failures.append(error)
+        finally:
+            buffers.put(slab.buffer)
+
+
+def _buffers(items: Sequence[Item], count: int) -> Buffers:
+    """Memory for slabs, used again and again: fresh pages would cost the kernel as much as the reading."""
+    largest = max((span.n_rows * source_row_bytes(item) for item in items for span in spans(item)), default=0)
+    buffers: Buffers = queue.SimpleQueue()
+    for _ in range(count):
+        buffers.put(np.empty(max(largest, SLAB_BYTES), np.uint8))
+    return buffers
 
 
 def _convert(slab: Slab, floats: np.ndarray, blocks: np.ndarray, output: OutputFile) -> tuple[int, str]:
@@ -200,7 +220,7 @@ def _convert(slab: Slab, floats: np.ndarray, blocks: np.ndarray, output: OutputF
 
 
 def _read_shard(
-    shard: Shard, items: Sequence[Item], output: OutputFile, tally: _Tally, hashes: list[str]
+    shard: Shard, items: Sequence[Item], buffers: Buffers, output: OutputFile, tally: _Tally, hashes: list[str]
 ) -> Iterator[Slab]:
     """The unfinished slabs of one shard in the order of its bytes; appends the shard's sha256 at the end."""
     items = sorted(items, key=lambda item: item.tensor.offset)
@@ -218,7 +238,7 @@ def _read_shard(
             _skip(file, item.tensor.offset - position, digest)
             finished = output.finished.get(item.slot.name)
             if finished is None:
-                yield from _read_tensor(file, item, digest)
+                yield from _read_tensor(file, item, buffers, digest)
                 tally.mark(item, Mark(shard.name, end, digest.hexdigest(), digest.save()))
             else:
                 _skip(file, item.tensor.n_bytes, digest)
@@ -251,20 +271,25 @@ def _check_mark(shard: Shard, mark: Mark, digest: Sha256, output: OutputFile) ->
         raise CheckpointError(f"{shard} is not what it was when the last run read it: run again to begin anew")
 
 
-def _read_tensor(file: BinaryIO, item: Item, digest: Sha256) -> Iterator[Slab]:
+def _read_tensor(file: BinaryIO, item: Item, buffers: Buffers, digest: Sha256) -> Iterator[Slab]:
     row = source_row_bytes(item)
     for span in spans(item):
-        yield Slab(item, span, _read(file, span.n_rows * row, digest))
+        buffer = buffers.get()
+        raw = buffer[: span.n_rows * row]
+        _read(file, raw, digest)
+        yield Slab(item, span, raw, buffer)
 
 
 def _skip(file: BinaryIO, n_bytes: int, digest: Sha256) -> None:
+    buffer = np.empty(min(n_bytes, SLAB_BYTES), np.uint8)
     while n_bytes > 0:
-        n_bytes -= _read(file, min(n_bytes, SLAB_BYTES), digest).nbytes
+        part = buffer[:n_bytes]
+        _read(file, part, digest)
+        n_bytes -= part.nbytes
 
 
-def _read(file: BinaryIO, n_bytes: int, digest: Sha256) -> np.ndarray:
-    """Exactly n_bytes from the file into a buffer of that size, hashed."""
-    buffer = np.empty(n_bytes, np.uint8)
+def _read(file: BinaryIO, buffer: np.ndarray, digest: Sha256) -> None:
+    """Fill the buffer from the file, and hash it."""
     view = memoryview(buffer.data)
     while view:
         got = file.readinto(view)  # type: ignore[attr-defined]
@@ -272,4 +297,3 @@ def _read(file: BinaryIO, n_bytes: int, digest: Sha256) -> np.ndarray:
             raise CheckpointError(f"{getattr(file, 'name', 'a shard')} ended {len(view)} bytes early: fetch it again")
         view = view[got:]
     digest.update(buffer)
-    return buffer

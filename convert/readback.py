@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from convert.gguf_file import Slot
 from engine.errors import OutputError
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
 Pieces = Mapping[str, Sequence[tuple[int, str]]]  # tensor -> (size, sha256) of each piece in order
 
 
@@ -37,8 +37,9 @@ def read_back(fd: int, slots: Sequence[Slot], data_offset: int, pieces: Pieces) 
     failures: list[BaseException] = []
     thread = threading.Thread(target=_hash_whole, args=(fd, n_bytes, whole, failures))
     thread.start()
+    buffer = bytearray(CHUNK_BYTES)
     try:
-        tensors = {slot.name: _hash_tensor(fd, slot, data_offset, pieces.get(slot.name, ())) for slot in slots}
+        tensors = {slot.name: _hash_tensor(fd, slot, data_offset, pieces.get(slot.name, ()), buffer) for slot in slots}
     finally:
         thread.join()
     if failures:
@@ -49,20 +50,20 @@ def read_back(fd: int, slots: Sequence[Slot], data_offset: int, pieces: Pieces) 
 def _hash_whole(fd: int, n_bytes: int, whole: list[str], failures: list[BaseException]) -> None:
     try:
         digest = hashlib.sha256()
-        for chunk in _chunks(fd, 0, n_bytes):
+        for chunk in _chunks(fd, 0, n_bytes, bytearray(CHUNK_BYTES)):
             digest.update(chunk)
         whole.append(digest.hexdigest())
     except BaseException as error:
         failures.append(error)
 
 
-def _hash_tensor(fd: int, slot: Slot, data_offset: int, pieces: Sequence[tuple[int, str]]) -> str:
+def _hash_tensor(fd: int, slot: Slot, data_offset: int, pieces: Sequence[tuple[int, str]], buffer: bytearray) -> str:
     digest, offset = hashlib.sha256(), data_offset + slot.offset
     if sum(n_bytes for n_bytes, _ in pieces) != slot.n_bytes:
         raise OutputError(f"tensor {slot.name} was not written whole: run again")
     for n_bytes, expected in pieces:
         piece = hashlib.sha256()
-        for chunk in _chunks(fd, offset, n_bytes):
+        for chunk in _chunks(fd, offset, n_bytes, buffer):
             piece.update(chunk)
             digest.update(chunk)
         if piece.hexdigest() != expected:
@@ -71,11 +72,12 @@ def _hash_tensor(fd: int, slot: Slot, data_offset: int, pieces: Sequence[tuple[i
     return digest.hexdigest()
 
 
-def _chunks(fd: int, offset: int, n_bytes: int) -> Iterator[bytes]:
-    end = offset + n_bytes
+def _chunks(fd: int, offset: int, n_bytes: int, buffer: bytearray) -> Iterator[memoryview]:
+    """The bytes of a part of a file in pieces; each is overwritten by the next."""
+    end, view = offset + n_bytes, memoryview(buffer)
     while offset < end:
-        chunk = os.pread(fd, min(CHUNK_BYTES, end - offset), offset)
-        if not chunk:
+        n_read = os.preadv(fd, [view[: end - offset]], offset)
+        if not n_read:
             raise OutputError(f"the output ends {end - offset} bytes early: check the disk, run again")
-        yield chunk
-        offset += len(chunk)
+        yield view[:n_read]
+        offset += n_read
