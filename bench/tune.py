@@ -136,6 +136,7 @@ class Tuner:
         names = ("auto", "off")  # "auto" is on wherever this llama.cpp can
         contexts = {name: _made(model, self.settings.changed(flash_attention=name)) for name in names}
         for context in contexts.values():
+            context.truncate(0)
             context.decode(prompt_ids(128, model.n_vocab), 0)
         threads = self.settings.n_threads
         times = interleaved(

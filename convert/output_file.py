@@ -23,6 +23,7 @@ import numpy as np
 from convert.gguf_file import Entry, Slot, header_bytes, padded
 from convert.journal import Finished, Journal, read_records
 from convert.readback import ReadBack, read_back
+from convert.shard import drop_cached
 from convert.sidecar import sha256_of, sidecar_path, sync_folder, write_sidecar
 from engine.errors import CheckpointError, DoesNotFit, FourbitError, OutputError
 from engine.gguf_header import read_header
@@ -54,6 +55,7 @@ class OutputFile:
     def finish(self, items: Sequence[Finished]) -> None:
         """Sync what was written, then put on record that these tensors are whole."""
         os.fdatasync(self._fd)
+        drop_cached(self._fd)  # read back from the disk later, if at all
         self._journal.add(items)
 
     def forget(self) -> None:

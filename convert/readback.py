@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from convert.gguf_file import Slot
+from convert.shard import drop_cached
 from engine.errors import OutputError
 
 CHUNK_BYTES = 1 << 20
@@ -31,8 +32,7 @@ def read_back(fd: int, slots: Sequence[Slot], data_offset: int, pieces: Pieces) 
     Raises OutputError naming the first tensor that reads back otherwise.
     """
     n_bytes = os.fstat(fd).st_size
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    drop_cached(fd)
     whole: list[str] = []
     failures: list[BaseException] = []
     thread = threading.Thread(target=_hash_whole, args=(fd, n_bytes, whole, failures))

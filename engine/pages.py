@@ -44,7 +44,7 @@ def is_repacked(tensor: Tensor) -> bool:
 
 
 def _mapping(path: Path) -> int | None:
-    """The address at which a file is mapped from its start."""
+    """The address that the start of a file has, or would have: llama.cpp unmaps what lies before its first tensor."""
     found = path.stat()
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -52,6 +52,6 @@ def _mapping(path: Path) -> int | None:
         return None
     for line in lines:
         words = line.split(maxsplit=5)
-        if len(words) == 6 and int(words[4]) == found.st_ino and int(words[2], 16) == 0:
-            return int(words[0].split("-")[0], 16)
+        if len(words) == 6 and int(words[4]) == found.st_ino:
+            return int(words[0].split("-")[0], 16) - int(words[2], 16)
     return None

@@ -13,7 +13,19 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path for package in ("engine", "convert", "bench") for path in (ROOT / package).rglob("*.py"))
 CONVERT_MAY_IMPORT = {"errors", "registry", "host", "home", "gguf_header", "fit", "settings"}
 # what `fourbit` and `python -m` run
-COMMANDS = {"cli", "doctor_cli", "fit_cli", "tune_cli", "gate", "overhead", "busy", "memory", "worker"}
+COMMANDS = {
+    "cli",
+    "doctor_cli",
+    "fit_cli",
+    "tune_cli",
+    "gate",
+    "overhead",
+    "busy",
+    "lookup",
+    "memory",
+    "turns",
+    "worker",
+}
 
 
 def imported(path: Path) -> set[str]:
