@@ -28,8 +28,9 @@ from engine.vocab import spec_of
 
 N_CTX, N_PAST = 1024, 32
 LEAST_GAIN = 1.03
+LEAST_GAIN_REPACKED = 1.10  # seconds of loading and gigabytes of private memory have to be paid for
 LEAST_ROUNDS, MOST_ROUNDS = 3, 12
-N_PREFILL = 64
+N_PREFILL = 32
 BUDGET_S = 60.0
 Key = TypeVar("Key")
 Say = Callable[[str], None]
@@ -90,12 +91,14 @@ class Tuner:
     def _left_s(self) -> float:
         return self._budget_s - (time.monotonic() - self._start)
 
-    def _choose(self, question: str, default: Key, times_s: Mapping[Key, Sequence[float]]) -> Key:
+    def _choose(
+        self, question: str, default: Key, times_s: Mapping[Key, Sequence[float]], least_gain: float = LEAST_GAIN
+    ) -> Key:
         """The fastest by median, unless the default is as good as that."""
         medians = {key: statistics.median(times) for key, times in times_s.items()}
         self._tables[question] = {str(key): round(value * 1e3, 2) for key, value in medians.items()}
         best = min(medians, key=medians.__getitem__)
-        chosen = best if medians[default] > LEAST_GAIN * medians[best] else default
+        chosen = best if medians[default] > least_gain * medians[best] else default
         self._say(f"{question}: " + ", ".join(f"{k} {v * 1e3:.1f} ms" for k, v in medians.items()) + f" -> {chosen}")
         return chosen
 
@@ -118,11 +121,11 @@ class Tuner:
         if self._left_s() < 0.5 * self._budget_s:
             self._say("batch size: no time left, as it is")
             return
-        contexts = {n: _made(model, self.settings.changed(n_batch=n)) for n in (64, 128, 256)}
+        contexts = {n: _made(model, self.settings.changed(n_batch=n)) for n in (128, 256)}
         threads = self.settings.n_threads_batch
         times = interleaved(
             {n: functools.partial(prefill_s, c, threads, 256) for n, c in contexts.items()},
-            0.25 * self._budget_s,
+            0.15 * self._budget_s,
             least_rounds=1,
         )
         for context in contexts.values():
@@ -166,8 +169,9 @@ class Tuner:
             contexts = {False: plain, True: packed}
             n, batch = self.settings.n_threads, self.settings.n_threads_batch
             steps = {key: functools.partial(turn_s, context, n, batch) for key, context in contexts.items()}
-            times = interleaved(steps, 0.1 * self._budget_s, least_rounds=2)
-            self.settings = self.settings.changed(repack=self._choose("repacking (a turn of 128 + 128)", False, times))
+            times = interleaved(steps, 0.06 * self._budget_s, least_rounds=2)
+            repack = self._choose("repacking (a turn of 128 + 128)", False, times, LEAST_GAIN_REPACKED)
+            self.settings = self.settings.changed(repack=repack)
             tuned = timing("tuned", contexts[self.settings.repack], self.settings)
             packed.close()
         plain.close()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from engine import native
 from engine.errors import ContextError
 
@@ -43,11 +45,11 @@ class KVCache:
             raise
         self.ids.extend(ids)
 
-    def save(self) -> bytes:
+    def save(self) -> np.ndarray:
         """The cache as llama.cpp writes it; it belongs to `ids`."""
         return self.context.save_state()
 
-    def load(self, ids: Sequence[int], data: bytes) -> None:
+    def load(self, ids: Sequence[int], data: np.ndarray) -> None:
         """Take up a cache that save() gave with these ids; empty when llama.cpp refuses it (NativeError)."""
         self.truncate(0)
         if len(ids) > self.context.n_ctx:

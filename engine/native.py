@@ -262,25 +262,27 @@ class Context(_Handle):
         """Forget everything from a position on."""
         _lib.llama_memory_seq_rm(_lib.llama_get_memory(self.pointer), 0, position, -1)
 
-    def save_state(self) -> bytes:
-        """The keys and values of everything evaluated, as llama.cpp writes them."""
-        n_bytes = int(_lib.llama_state_seq_get_size(self.pointer, 0))
-        buffer = (ctypes.c_uint8 * n_bytes)()
-        written = int(_lib.llama_state_seq_get_data(self.pointer, buffer, n_bytes, 0))
-        if written != n_bytes:
-            raise _failure(f"saving the state wrote {written} of {n_bytes} bytes")
-        return bytes(buffer)
+    def save_state(self) -> np.ndarray:
+        """The keys and values of everything evaluated, as llama.cpp writes them: (n_bytes,) uint8."""
+        state = np.empty(int(_lib.llama_state_seq_get_size(self.pointer, 0)), np.uint8)
+        written = int(_lib.llama_state_seq_get_data(self.pointer, _bytes_of(state), state.nbytes, 0))
+        if written != state.nbytes:
+            raise _failure(f"saving the state wrote {written} of {state.nbytes} bytes")
+        return state
 
-    def load_state(self, data: bytes) -> None:
+    def load_state(self, state: np.ndarray) -> None:
         """Take up a state that save_state() gave, and nothing else; NativeError when llama.cpp refuses it."""
-        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-        if int(_lib.llama_state_seq_set_data(self.pointer, buffer, len(data), 0)) == 0:
+        if int(_lib.llama_state_seq_set_data(self.pointer, _bytes_of(state), state.nbytes, 0)) == 0:
             self.truncate(0)
-            raise _failure(f"a state of {len(data)} bytes cannot be taken up")
+            raise _failure(f"a state of {state.nbytes} bytes cannot be taken up")
 
     def set_threads(self, n_threads: int, n_threads_batch: int) -> None:
         """How many threads evaluate one id, and how many a batch, from now on."""
         _lib.llama_set_n_threads(self.pointer, n_threads, n_threads_batch)
+
+
+def _bytes_of(array: np.ndarray) -> Any:
+    return array.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
 
 
 class _Batch:

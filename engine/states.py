@@ -48,10 +48,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Ids, what llama.cpp made of them, and the messages of a chat."""
+    """Ids, what llama.cpp made of them (n_bytes,) uint8, and the messages of a chat."""
 
     ids: list[int]
-    data: bytes
+    data: np.ndarray
     messages: tuple[dict[str, str], ...] = ()
 
 
@@ -70,9 +70,10 @@ def save(path: Path, origin: Origin, state: State, cap_bytes: int = CAP_BYTES) -
     """Write a state whole or not at all, then make room; StateError where it cannot be written."""
     header = json.dumps(
         asdict(origin)
-        | {"version": VERSION, "n_ids": len(state.ids), "n_bytes": len(state.data), "messages": state.messages}
+        | {"version": VERSION, "n_ids": len(state.ids), "n_bytes": state.data.nbytes, "messages": state.messages}
     ).encode("utf-8")
-    parts = [PREFIX.pack(MAGIC, len(header)), header, np.asarray(state.ids, "<i4").tobytes(), state.data]
+    ids = np.asarray(state.ids, "<i4").tobytes()
+    parts: list[bytes | memoryview] = [PREFIX.pack(MAGIC, len(header)), header, ids, state.data.data]
     digest = hashlib.sha256()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,31 +96,35 @@ def save(path: Path, origin: Origin, state: State, cap_bytes: int = CAP_BYTES) -
 
 
 def load(path: Path, origin: Origin) -> State:
-    """Read a state; StateError says why it is not one for this model and these settings."""
+    """Read a state; StateError says why it is not one for this model and these settings.
+
+    The file is read once, and what was hashed is what llama.cpp is given.
+    """
     try:
-        with path.open("rb") as file:
-            n_bytes = os.fstat(file.fileno()).st_size
-            magic, n_header = PREFIX.unpack(_exactly(file, PREFIX.size, n_bytes))
-            if magic != MAGIC or n_header > min(MAX_HEADER_BYTES, n_bytes):
-                raise StateError(f"{path} is no saved state")
-            header = json.loads(_exactly(file, n_header, n_bytes))
-            _check_header(path, header, origin, n_bytes - PREFIX.size - n_header - DIGEST_BYTES)
-            _check_digest(path, n_bytes)
-            ids = np.frombuffer(_exactly(file, 4 * header["n_ids"], n_bytes), "<i4").tolist()
-            data = _exactly(file, header["n_bytes"], n_bytes)
+        raw = np.fromfile(path, np.uint8)
+        n_header = _check_prefix(path, raw)
+        header = json.loads(raw[PREFIX.size : PREFIX.size + n_header].tobytes())
+        start = PREFIX.size + n_header
+        _check_header(path, header, origin, raw.nbytes - start - DIGEST_BYTES)
+        if hashlib.sha256(raw[:-DIGEST_BYTES].data).digest() != raw[-DIGEST_BYTES:].tobytes():
+            raise ValueError("its checksum is wrong")
         os.utime(path)  # used just now: the last to be thrown out
     except OSError as error:
         raise StateError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, struct.error, RecursionError) as error:
         raise StateError(f"{path} is damaged: {error}") from error
-    return State(ids, data, tuple(header["messages"]))
+    ids = np.frombuffer(raw[start : start + 4 * header["n_ids"]].tobytes(), "<i4").tolist()
+    return State(ids, raw[start + 4 * header["n_ids"] : -DIGEST_BYTES], tuple(header["messages"]))
 
 
-def _exactly(file: Any, n_bytes: int, limit: int) -> bytes:
-    data: bytes = file.read(n_bytes) if 0 <= n_bytes <= limit else b""
-    if len(data) != n_bytes:
-        raise ValueError(f"{len(data)} of {n_bytes} bytes are there")
-    return data
+def _check_prefix(path: Path, raw: np.ndarray) -> int:
+    """The length of the header, which lies within the file."""
+    if raw.nbytes < PREFIX.size + DIGEST_BYTES:
+        raise StateError(f"{path} is no saved state: it has {raw.nbytes} bytes")
+    magic, n_header = PREFIX.unpack(raw[: PREFIX.size].tobytes())
+    if magic != MAGIC or n_header > min(MAX_HEADER_BYTES, raw.nbytes - PREFIX.size - DIGEST_BYTES):
+        raise StateError(f"{path} is no saved state")
+    return int(n_header)
 
 
 def _check_header(path: Path, header: Any, origin: Origin, n_rest: int) -> None:
@@ -130,17 +135,6 @@ def _check_header(path: Path, header: Any, origin: Origin, n_rest: int) -> None:
             raise StateError(f"{path} is of another {name.replace('_', ' ')}: {found!r}, not {str(value)[:40]!r}")
     if type(header["n_ids"]) is not int or header["n_ids"] < 1 or 4 * header["n_ids"] + header["n_bytes"] != n_rest:
         raise ValueError(f"{header['n_ids']} ids and {header['n_bytes']} bytes do not make {n_rest}")
-
-
-def _check_digest(path: Path, n_bytes: int) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        left = n_bytes - DIGEST_BYTES
-        while left and (chunk := file.read(min(CHUNK_BYTES, left))):
-            digest.update(chunk)
-            left -= len(chunk)
-        if left or file.read() != digest.digest():
-            raise ValueError("its checksum is wrong")
 
 
 def _make_room(newest: Path, cap_bytes: int) -> None:
