@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -19,7 +20,7 @@ from convert.fetch import Mirrors, fetch
 from convert.hub import Listed
 from convert.manifest import is_complete, read_manifest
 from convert.wire import Patience, Place, read
-from engine.errors import DoesNotFit, FetchError
+from engine.errors import DoesNotFit, FetchError, OutputError
 from engine.registry import models
 from tests.checkpoints import make_checkpoint
 from tests.hub_server import Fault, HubServer, git_sha1, sha256
@@ -230,6 +231,18 @@ def test_too_little_disk_is_said_before_the_first_byte(mirrored, spec, tmp_path,
     with pytest.raises(DoesNotFit, match="--stream"):
         run(spec, tmp_path)
     assert mirrored.requests == []
+
+
+def test_a_disk_that_fills_up_is_said_and_what_came_is_kept(mirrored, spec, official, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fetching.os, "fsync", full)
+    monkeypatch.setattr(fetching, "write_manifest", lambda *_: None)
+    with pytest.raises(OutputError, match="make room"):
+        run(spec, tmp_path)
+    assert list(tmp_path.glob(".*.fetch"))
+    monkeypatch.undo()
 
 
 def test_progress_ends_at_the_total(mirrored, spec, tmp_path):
