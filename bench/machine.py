@@ -47,7 +47,12 @@ def read_card() -> Card:
         read_bytes_per_s=read_bandwidth(),
         llama_cpp_python=build.version,
         llama_flags=build.flags,
-        omp_wait_policy=os.environ.get("OMP_WAIT_POLICY", "unset"),
+        omp_wait_policy=_waiting(),
         python=platform.python_version(),
         fourbit=importlib.metadata.version("fourbit"),
     )
+
+
+def _waiting() -> str:
+    policy, spins = (os.environ.get(name, "unset") for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"))
+    return f"{policy}, GOMP_SPINCOUNT={spins}"
