@@ -106,12 +106,12 @@ class Tuner:
         candidates, cores = thread_counts(), self.settings.n_threads
         decode = interleaved(
             {n: functools.partial(decode_s, context, n) for n in candidates},
-            0.12 * self._budget_s,
+            0.08 * self._budget_s,
         )
         n_decode = self._choose("threads for decode", cores, decode)
         prefill = interleaved(
             {n: functools.partial(prefill_s, context, n) for n in candidates},
-            0.18 * self._budget_s,
+            0.12 * self._budget_s,
         )
         n_prefill = self._choose("threads for prefill", cores, prefill)
         self.settings = self.settings.changed(n_threads=n_decode, n_threads_batch=n_prefill)
@@ -169,7 +169,7 @@ class Tuner:
             contexts = {False: plain, True: packed}
             n, batch = self.settings.n_threads, self.settings.n_threads_batch
             steps = {key: functools.partial(turn_s, context, n, batch) for key, context in contexts.items()}
-            times = interleaved(steps, 0.06 * self._budget_s, least_rounds=2)
+            times = interleaved(steps, 0.04 * self._budget_s, least_rounds=2)
             repack = self._choose("repacking (a turn of 128 + 128)", False, times, LEAST_GAIN_REPACKED)
             self.settings = self.settings.changed(repack=repack)
             tuned = timing("tuned", contexts[self.settings.repack], self.settings)

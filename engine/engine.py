@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from engine import fit, native, states
 from engine.cache import KVCache, common_prefix
@@ -18,7 +19,7 @@ from engine.gguf_check import check_file
 from engine.gguf_header import Header, read_header
 from engine.home import find_model_file
 from engine.host import memory
-from engine.lookup import Drafter, Gate
+from engine.lookup import MAX_DRAFT, Drafter, Gate
 from engine.overflow import Prompt, fitted_prompt
 from engine.pages import release_repacked
 from engine.registry import Model, Sampling
@@ -50,6 +51,12 @@ class Reply:
     @property
     def n_evaluated(self) -> int:
         return self.n_prompt - self.n_reused
+
+
+class Draws(Protocol):
+    """What draws ids from the logits of a row of the last batch."""
+
+    def sample(self, row: int = -1) -> int: ...
 
 
 class Engine:
@@ -210,8 +217,7 @@ class Engine:
         stream = self.vocabulary.stream()
         with native.Sampler(self._context, sampling, seed) as sampler:
             sampler.accept(prompt.ids)
-            steps = self._drafted_steps(sampler, prompt.ids, self._turn) if lookup else self._steps(sampler, self._turn)
-            for id, is_last in steps:
+            for id, is_last in self.steps(sampler, prompt.ids, lookup):
                 is_stop = id in self.vocabulary.stop_ids
                 tally.count(is_stop)
                 finish = self._finish(is_stop, is_last, tally.n_reply == max_tokens)
@@ -231,7 +237,11 @@ class Engine:
                 return finish
         return None
 
-    def _steps(self, sampler: native.Sampler, turn: int) -> Iterator[tuple[int, bool]]:
+    def steps(self, sampler: Draws, prompt_ids: Sequence[int], lookup: bool) -> Iterator[tuple[int, bool]]:
+        """Ids drawn after a prompt that is in the cache; True with the last that the context has room for."""
+        return self._drafted_steps(sampler, prompt_ids, self._turn) if lookup else self._steps(sampler, self._turn)
+
+    def _steps(self, sampler: Draws, turn: int) -> Iterator[tuple[int, bool]]:
         """Sampled ids, each evaluated before the next is drawn; True with the last that the context has room for."""
         while True:
             id = sampler.sample()
@@ -240,13 +250,14 @@ class Engine:
                 raise MessageError("another chat was begun on this engine: one reply at a time")
             self.cache.append([id])
 
-    def _drafted_steps(self, sampler: native.Sampler, prompt_ids: list[int], turn: int) -> Iterator[tuple[int, bool]]:
+    def _drafted_steps(self, sampler: Draws, prompt_ids: Sequence[int], turn: int) -> Iterator[tuple[int, bool]]:
         """The same ids as _steps(), several to an evaluation where the text repeats itself.
 
         The cache holds drafted ids only while they are looked at: whatever ends the reply, it ends
         with the ids that were taken.
         """
         drafter = Drafter(prompt_ids)
+        self._gate.begin()
         id = sampler.sample()
         while True:
             n_left = self.n_ctx - len(self.cache.ids)
@@ -254,7 +265,8 @@ class Engine:
             if turn != self._turn:
                 raise MessageError("another chat was begun on this engine: one reply at a time")
             drafter.add(id)
-            draft = drafter.draft(min(self._gate.length(), n_left - 1, self.settings.n_batch - 1))
+            guess = drafter.guess(min(MAX_DRAFT, n_left - 1, self.settings.n_batch - 1))
+            draft = guess.ids[: self._gate.length(guess)]
             n_before, start = len(self.cache.ids), time.perf_counter()
             self.cache.append([id, *draft], logits="all" if draft else "last")
             seconds_s = time.perf_counter() - start
@@ -268,7 +280,8 @@ class Engine:
                     id = sampler.sample(n_right)
             finally:
                 self.cache.truncate(n_before + 1 + n_right)
-            self._gate.measured(1 + len(draft), seconds_s, n_right)
+            self._gate.measured(len(draft), seconds_s, n_right)
+            self._gate.judged(guess, [*draft[:n_right], id])
 
     def close(self) -> None:
         """Free the context and the model."""
