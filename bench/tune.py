@@ -111,7 +111,8 @@ class Tuner:
         n_decode = self._choose("threads for decode", cores, decode)
         prefill = interleaved(
             {n: functools.partial(prefill_s, context, n) for n in candidates},
-            0.12 * self._budget_s,
+            0.10 * self._budget_s,
+            least_rounds=2,
         )
         n_prefill = self._choose("threads for prefill", cores, prefill)
         self.settings = self.settings.changed(n_threads=n_decode, n_threads_batch=n_prefill)
@@ -140,11 +141,11 @@ class Tuner:
         contexts = {name: _made(model, self.settings.changed(flash_attention=name)) for name in names}
         for context in contexts.values():
             context.truncate(0)
-            context.decode(prompt_ids(128, model.n_vocab), 0)
+            context.decode(prompt_ids(64, model.n_vocab), 0)
         threads = self.settings.n_threads
         times = interleaved(
-            {k: functools.partial(decode_s, c, threads, n_past=128) for k, c in contexts.items()},
-            0.08 * self._budget_s,
+            {k: functools.partial(decode_s, c, threads, n_past=64) for k, c in contexts.items()},
+            0.05 * self._budget_s,
         )
         for context in contexts.values():
             context.close()
