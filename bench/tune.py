@@ -126,7 +126,7 @@ class Tuner:
         threads = self.settings.n_threads_batch
         times = interleaved(
             {n: functools.partial(prefill_s, c, threads, 256) for n, c in contexts.items()},
-            0.15 * self._budget_s,
+            0.10 * self._budget_s,
             least_rounds=1,
         )
         for context in contexts.values():
