@@ -269,15 +269,17 @@ class Engine:
             draft = guess.ids[: self._gate.length(guess)]
             n_before, start = len(self.cache.ids), time.perf_counter()
             self.cache.append([id, *draft], logits="all" if draft else "last")
-            seconds_s = time.perf_counter() - start
             n_right = 0
             try:
                 id = sampler.sample(0 if draft else -1)
+                seconds_s = time.perf_counter() - start  # evaluating and drawing; what the caller does is not counted
                 while n_right < len(draft) and id == draft[n_right]:
                     n_right += 1
                     yield id, False
+                    start = time.perf_counter()
                     drafter.add(id)
                     id = sampler.sample(n_right)
+                    seconds_s += time.perf_counter() - start
             finally:
                 self.cache.truncate(n_before + 1 + n_right)
             self._gate.measured(len(draft), seconds_s, n_right)
