@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -48,6 +49,8 @@ class Journal:
         self.path, self._fingerprint = path, fingerprint
         self.finished: dict[str, Finished] = {}
         self._fd = -1
+        self._lock = threading.RLock()  # tensors finish in one thread while another finds their source wrong
+        self._is_sealed = False
         if fingerprint is not None:
             self._load(fingerprint)
 
@@ -62,17 +65,27 @@ class Journal:
 
     def restart(self) -> None:
         """Forget everything: nothing is finished."""
-        self.finished = {}
-        self.close()
-        if self._fingerprint is not None:
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
-            self._append([{"plan": self._fingerprint}])
+        with self._lock:
+            self.finished = {}
+            self.close()
+            if self._fingerprint is not None:
+                self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+                self._append([{"plan": self._fingerprint}])
+
+    def forget(self) -> None:
+        """Nothing is finished, and nothing that this run still says is taken down."""
+        with self._lock:
+            self.restart()
+            self._is_sealed = True
 
     def add(self, items: Iterable[Finished]) -> None:
         """Say that tensors are finished; their bytes must be on the disk already."""
         items = list(items)
-        self._append([asdict(item) for item in items])
-        self.finished |= {item.tensor: item for item in items}
+        with self._lock:
+            if self._is_sealed:
+                return
+            self._append([asdict(item) for item in items])
+            self.finished |= {item.tensor: item for item in items}
 
     def verified(self, content: Mapping[str, Any]) -> None:
         """Say that the whole file was read back and what its sidecar holds."""
@@ -88,9 +101,10 @@ class Journal:
 
     def close(self) -> None:
         """Close the file; what it says stays."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        with self._lock:
+            fd, self._fd = self._fd, -1
+            if fd >= 0:
+                os.close(fd)
 
     def remove(self) -> None:
         """Delete it: there is nothing to go on with."""

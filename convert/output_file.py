@@ -60,7 +60,7 @@ class OutputFile:
 
     def forget(self) -> None:
         """Take nothing that was finished for granted: its source proved to be wrong."""
-        self._journal.restart()
+        self._journal.forget()
 
     def publish(self, entries: Sequence[Entry], describe: Describe | None = None) -> int:
         """Write the header, make the file durable, read it back, give it its name; its size in bytes.

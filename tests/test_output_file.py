@@ -337,3 +337,19 @@ def test_verify_of_nothing(tmp_path):
     assert result.returncode == 1
     assert "no file to verify" in result.stderr
     assert os.path.basename(result.args[-1]) in result.stderr
+
+
+def test_what_finishes_after_its_source_proved_wrong_is_not_taken_down(tmp_path):
+    path = tmp_path / "journal"
+    journal = Journal(path, "plan")
+    journal.restart()
+    mark = Mark("shard", 0, "", None)
+    wrong = [threading.Thread(target=journal.add, args=([Finished(f"t{n}", (), mark)],)) for n in range(20)]
+    for n, thread in enumerate(wrong):
+        thread.start()
+        if n == 10:
+            journal.forget()
+    for thread in wrong:
+        thread.join()
+    journal.close()
+    assert Journal(path, "plan").finished == {}
